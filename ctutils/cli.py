@@ -1,0 +1,265 @@
+"""`python -m ctutils`: the notebooks' steps without a notebook."""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from ctutils.base import CTError
+
+# Each command imports what it needs, so that --help answers at once.
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; return 0 on success, 1 when a check failed, 2 on a user's error, 130 after Ctrl-C."""
+    options = _parser().parse_args(argv)
+    if options.json:
+        os.environ.setdefault("CT_PROGRESS", "0")
+    try:
+        return options.command(options)
+    except CTError as error:
+        if options.json:
+            print(json.dumps({"error": str(error)}, ensure_ascii=False))
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on where it can.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `... | head`
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m ctutils",
+        description="Transfer learning on chest CT slices. Not for clinical use.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, function, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        command.set_defaults(command=function)
+        return command
+
+    synth = add("synth", _synth, "make a synthetic data set")
+    synth.add_argument("out", type=Path, help="folder to make")
+    synth.add_argument("--train", type=int, default=800, help="training slices (deck: 8001)")
+    synth.add_argument("--val", type=int, default=200, help="validation slices (deck: 1000)")
+    synth.add_argument("--test", type=int, default=400, help="test slices (default 400)")
+    synth.add_argument("--seed", type=int, default=0)
+    synth.add_argument("--workers", type=int, default=None, help="processes (default: one a core)")
+    synth.add_argument("--shortcut", choices=("sharpness",), help="plant a shortcut, for the audit lesson")
+
+    check = add("check", _check, "look for unreadable files, duplicates, leaks and shortcuts; exit 1 on errors")
+    check.add_argument("data", type=Path, help="data set folder")
+    check.add_argument("--fix", type=Path, metavar="OUT", help="write a cleaned copy to OUT")
+
+    imp = add("import", _import, "bring AI Hub's delivery, DICOM or another folder layout into the course's layout")
+    imp.add_argument("src", type=Path)
+    imp.add_argument("out", type=Path)
+    imp.add_argument("--format", choices=("aihub", "dicom", "folder"), help="default: found by looking")
+    imp.add_argument(
+        "--window",
+        type=float,
+        nargs=2,
+        default=(-600, 1500),
+        metavar=("LEVEL", "WIDTH"),
+        help="DICOM window in HU (default: lung, -600 1500)",
+    )
+
+    train = add("train", _train, "train a backbone's new head (or all of it) and write a run record")
+    train.add_argument("data", type=Path, nargs="?", help="data set folder (default: CT_DATA, else synthetic)")
+    train.add_argument("--backbone", default="efficientnet_lite0")
+    train.add_argument("--epochs", type=int, help="default: the profile's, 10")
+    train.add_argument("--weights", help="auto, imagenet, random or a folder of weight files (default: CT_WEIGHTS)")
+    train.add_argument("--out", type=Path, help="run record to write (default: data/runs/<profile>/<backbone>)")
+    train.add_argument("--optimizer", default="adam", help="adam, adamw, sgd or rmsprop")
+    train.add_argument("--lr", type=float, default=1e-3)
+    train.add_argument("--batch-size", type=int)
+    train.add_argument("--size", type=int, help="pixels a side at the network's input (default 224)")
+    train.add_argument("--bn", choices=("auto", "frozen", "adapt", "drift"), default="auto", help=BN_HELP)
+    train.add_argument("--unfreeze", action="store_true", help="train every layer, not only the head")
+    train.add_argument(
+        "--augment",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="of rotate, zoom, shift, flip; each picture anew",
+    )
+    train.add_argument("--precision", default="auto", help="of the frozen pass: auto, float32 or bfloat16")
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same name")
+
+    predict = add("predict", _predict, "class and probabilities of pictures or DICOM files")
+    predict.add_argument("run", type=Path, help="run record")
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    predict.add_argument("--weights", default="auto", help="where the backbone's weights are, as for train")
+
+    results = add("results", _results, "the table of all run records")
+    results.add_argument("runs", type=Path, nargs="?", help="folder of records (default: data/runs/<profile>)")
+    results.add_argument("--markdown", action="store_true", help="print the README's table")
+    results.add_argument("--card", type=Path, metavar="RUN", help="write a model card of one record, as Markdown")
+    return parser
+
+
+BN_HELP = (
+    "BatchNorm of a frozen backbone: frozen; adapt (statistics estimated anew on the training slices, then "
+    "frozen); drift (the deck's model.train()); auto: adapt for random weights, else frozen"
+)
+
+
+def _print(options: argparse.Namespace, content: dict, text: str) -> None:
+    print(json.dumps(content, ensure_ascii=False) if options.json else text)
+
+
+def _synth(options: argparse.Namespace) -> int:
+    from ctutils.phantom import write_dataset
+
+    start = time.perf_counter()
+    out = write_dataset(
+        options.out,
+        train=options.train,
+        val=options.val,
+        test=options.test,
+        seed=options.seed,
+        workers=options.workers,
+        shortcut=options.shortcut,
+    )
+    meta = json.loads((out / "dataset.json").read_text(encoding="utf-8"))
+    seconds = time.perf_counter() - start
+    content = {"out": str(out), "counts": meta["counts"], "seconds": round(seconds, 1)}
+    total = sum(sum(classes.values()) for classes in meta["counts"].values())
+    _print(options, content, f"{total} synthetic slices in '{out}' ({seconds:.0f} s)")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from ctutils.audit import audit, clean_copy
+
+    report = audit(options.data)
+    content = report.to_json()
+    text = report.to_text()
+    if options.fix:
+        out = clean_copy(options.data, options.fix, report)
+        content["fixed"] = str(out)
+        text += f"\nA cleaned copy is in '{out}'; the source is as it was."
+    _print(options, content, text)
+    return 0 if report.ok else 1
+
+
+def _import(options: argparse.Namespace) -> int:
+    from ctutils.importers import import_dataset
+
+    summary = import_dataset(
+        options.src,
+        options.out,
+        format=options.format,
+        window=tuple(options.window),
+        progress=not options.json,
+    )
+    lines = [f"{key}: {value}" for key, value in summary.items()]
+    _print(options, summary, "\n".join(lines))
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from ctutils.config import get_settings
+    from ctutils.pipeline import Plan, run_plan
+
+    settings = get_settings()
+    plan = Plan(
+        backbone=options.backbone,
+        data=options.data,
+        epochs=options.epochs,
+        weights=options.weights,
+        optimizer=options.optimizer,
+        lr=options.lr,
+        batch_size=options.batch_size,
+        size=options.size,
+        bn=options.bn,
+        unfreeze=options.unfreeze,
+        augment=tuple(options.augment),
+        precision=options.precision,
+        seed=options.seed,
+    )
+    out = options.out or settings.runs_dir / options.backbone
+    say = (lambda text: None) if options.json else print
+    run = run_plan(plan, settings, out, resume=options.resume, say=say)
+    record = run.record
+    val, test = record["scores"]["val"], record["scores"]["test"]
+    content = {
+        "run": str(out),
+        "backbone": record["backbone"],
+        "weights": record["weights"]["kind"],
+        "epochs": record["epochs"],
+        "best_epoch": record["best_epoch"],
+        "val_macro_f1": val["macro_f1"],
+        "test_macro_f1": test["macro_f1"],
+        "test_interval_95": [test["low"], test["high"]],
+        "test_per_class_f1": test["per_class"],
+        "test_from_val": record["data"]["test_from_val"],
+        "seconds": record["seconds"],
+        "interrupted": record.get("interrupted", False),
+    }
+    half = " (half of the validation slices)" if record["data"]["test_from_val"] else ""
+    _print(
+        options,
+        content,
+        f"macro F1: validation {val['macro_f1']:.3f} (best epoch {record['best_epoch']} of {record['epochs']}), "
+        f"test{half} {test['macro_f1']:.3f}, 95 % interval {test['low']:.3f} to {test['high']:.3f}\n"
+        f"weights: {record['weights']['kind']}; {record['seconds']['total']:.0f} s; record in '{out}'",
+    )
+    return 130 if content["interrupted"] else 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from ctutils.pipeline import predict_files
+    from ctutils.runs import load_run
+
+    run = load_run(options.run)
+    rows = predict_files(run, options.images, weights=options.weights)
+    lines = [
+        f"{row['image']}: {row['class']}  "
+        + "  ".join(f"{name} {value:.3f}" for name, value in row["probabilities"].items())
+        for row in rows
+    ]
+    _print(options, {"predictions": rows}, "\n".join([*lines, "Not for clinical use."]))
+    return 0
+
+
+def _results(options: argparse.Namespace) -> int:
+    import pandas as pd
+
+    from ctutils.config import get_settings
+    from ctutils.results import comparison_table, model_card, results_markdown
+    from ctutils.runs import list_runs, load_run
+
+    if options.card:
+        text = model_card(load_run(options.card))
+        _print(options, {"card": text}, text)
+        return 0
+    folder = options.runs or get_settings().runs_dir
+    if options.runs and not folder.is_dir():
+        raise CTError(f"no folder '{folder}'", "a folder of run records", "train first, or check the path")
+    runs, problems = list_runs(folder)
+    if not runs and not problems:
+        raise CTError(
+            f"no run record in '{folder}'",
+            "one or more",
+            "run a notebook (03-08), or `python -m ctutils train`",
+        )
+    if options.markdown:
+        _print(options, {"markdown": results_markdown(runs)}, results_markdown(runs))
+        return 0
+    table = comparison_table(runs) if runs else pd.DataFrame()
+    content = {"runs": json.loads(table.to_json(orient="records")), "problems": problems}
+    with pd.option_context("display.width", 200, "display.max_columns", 30, "display.precision", 3):
+        text = "\n".join([table.to_string(index=False), *(f"Left out: {problem}" for problem in problems)])
+    _print(options, content, text)
+    return 1 if problems and not runs else 0
