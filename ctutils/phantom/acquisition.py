@@ -1,0 +1,104 @@
+"""Stage 3 of the phantom: from HU to the 8-bit picture, by one model of the scanner for every class."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import fft
+
+from ctutils.phantom.shapes import Grid, mask_of
+
+LUNG_WINDOW = (-600.0, 1500.0)  # level and width, HU; air outside the body becomes grey 55
+AIR = -1024.0
+
+
+@dataclass(frozen=True)
+class Scanner:
+    """How the slice is taken; drawn from the same distributions for every class."""
+
+    blur: float  # sd of the point spread, mm
+    boost: float  # edge enhancement of the kernel, 0 none
+    noise: float  # sd in soft tissue of a middle-sized body, HU
+    grain: float  # sd of the noise's own correlation, mm
+    streak: float  # streaks from shoulders and bones, HU
+    motion: tuple[float, float]  # a second exposure, displaced by mm
+    drift: float  # slow shading, HU
+    lung_noise: float  # noise in air against noise in soft tissue
+
+    @staticmethod
+    def draw(rng: np.random.Generator, sharpness: float | None = None) -> "Scanner":
+        """Draw a scanner; `sharpness` in [0, 1] fixes the kernel instead (0 soft, 1 sharp)."""
+        kernel = rng.random()
+        kernel = kernel if sharpness is None else sharpness
+        moved = rng.random() < 0.25
+        far, way = rng.uniform(0.6, 2.2), rng.uniform(0, 2 * np.pi)
+        return Scanner(
+            blur=0.80 - 0.38 * kernel,
+            boost=0.35 * kernel**2,
+            noise=rng.uniform(9, 19) * (0.85 + 0.9 * kernel),
+            grain=0.62 - 0.34 * kernel,
+            streak=rng.gamma(1.2, 4.0),
+            motion=(far * np.cos(way), far * np.sin(way)) if moved else (0.0, 0.0),
+            drift=rng.uniform(2, 7),
+            lung_noise=rng.uniform(0.45, 0.85),
+        )
+
+
+def acquire(
+    hu: np.ndarray,
+    grid: Grid,
+    skin: np.ndarray,
+    scanner: Scanner,
+    rng: np.random.Generator,
+    window: tuple[float, float] = LUNG_WINDOW,
+) -> np.ndarray:
+    """Scan a slice: blur, motion, noise that grows with the body, streaks, table removal, window.
+
+    Args:
+        hu: float32 (size, size).
+        grid: the pixels.
+        skin: contour of the body in mm; all outside it is exactly air.
+        scanner: kernel, dose and motion.
+        rng: the acquisition's own stream.
+        window: level and width in HU.
+    Returns:
+        uint8 (size, size); in the lung window air outside the body is 55.
+    """
+    n, pad = grid.size, 8
+    m = fft.next_fast_len(n + 2 * pad, real=True)
+    fx = fft.rfftfreq(m, grid.pixel)[None, :].astype(np.float32)
+    fy = fft.fftfreq(m, grid.pixel)[:, None].astype(np.float32)
+    f2 = fx**2 + fy**2
+    mtf = np.exp(-2 * np.pi**2 * scanner.blur**2 * f2)
+    mtf *= 1 + scanner.boost * 4.0 * f2 / (0.25 + f2)
+    if scanner.motion != (0.0, 0.0):
+        mtf = mtf * np.cos(np.pi * (fx * scanner.motion[0] + fy * scanner.motion[1]))
+    padded = np.pad(hu, (pad, m - n - pad), mode="edge")
+    sharp = fft.irfft2(fft.rfft2(padded) * mtf, s=(m, m))[pad : pad + n, pad : pad + n]
+
+    # Noise: a ramp at low frequencies (filtered back-projection), cut off by the kernel.
+    f = np.sqrt(f2)
+    power = (0.04 + f) * np.exp(-2 * np.pi**2 * scanner.grain**2 * f2) * (1 + scanner.boost * 2.0 * f2 / (0.25 + f2))
+    white = rng.standard_normal((m, m), dtype=np.float32)
+    noise = fft.irfft2(fft.rfft2(white) * power, s=(m, m))[pad : pad + n, pad : pad + n]
+    noise = noise / noise.std()
+    # More tissue along the beam means fewer photons: row by row and column by column, in units of 1000 HU.
+    tissue = np.clip(hu + 1000, 0, 1400) / 1000
+    across, down = tissue.mean(1) * n * grid.pixel / 200, tissue.mean(0) * n * grid.pixel / 150
+    load = np.sqrt(0.35 + 0.75 * across[:, None] * down[None, :])
+    amount = scanner.noise * np.clip(load, 0.5, 1.6)
+    lines = np.convolve(rng.standard_normal(n + 8), np.ones(3) / np.sqrt(3), "same")[4 : n + 4].astype(np.float32)
+    tilt = rng.standard_normal((6, 1)) @ np.ones((1, n))
+    fade = np.interp(np.linspace(0, 5, n), np.arange(6), 0.5 + 0.5 * np.tanh(tilt[:, 0]))
+    streaks = scanner.streak * lines[:, None] * np.clip(across[:, None] - 0.75, 0, 1) * fade[None, :]
+    shade = scanner.drift * np.outer(np.sin(np.linspace(0, 3, n) + rng.uniform(0, 6)), np.ones(n))
+    sharp = (
+        sharp
+        + noise * amount * (scanner.lung_noise + (1 - scanner.lung_noise) * np.clip(tissue, 0, 1))
+        + streaks
+        + shade
+    )
+
+    inside = mask_of(grid, skin * 1.004) > 0.02
+    out = np.where(inside, np.clip(sharp, AIR, 3071), AIR)
+    level, width = window
+    return np.clip(np.rint((out - level + width / 2) / width * 255), 0, 255).astype(np.uint8)

@@ -1,0 +1,562 @@
+"""Stage 1 of the phantom: a body without a finding, as an axial slice in Hounsfield units (HU)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ctutils.phantom.shapes import (
+    Grid,
+    band,
+    distance_inside,
+    ellipse,
+    grow_tree,
+    mask_of,
+    paint,
+    smooth_contour,
+    soft_field,
+    stamp_tubes,
+)
+
+LUNG_HEIGHT = 230.0  # mm from apex to base; level 0 is the apex, 1 the base
+
+# Right lung at five levels, in units of the rib cage's half width and half depth: x away from the midline, y to
+# the back. Each row runs from the front edge at the mediastinum round the ribs and back along the spine.
+LUNG_LEVELS = (0.04, 0.25, 0.45, 0.72, 1.0)
+LUNG_SHAPES = np.array(
+    [
+        [(.28, -.35), (.42, -.45), (.58, -.40), (.72, -.18), (.80, .08), (.78, .36), (.68, .60), (.52, .74),
+         (.36, .70), (.25, .52), (.21, .34), (.19, .16), (.19, -.04), (.22, -.21)],
+        [(.08, -.80), (.29, -.90), (.57, -.80), (.81, -.48), (.93, -.05), (.91, .40), (.77, .74), (.53, .93),
+         (.32, .87), (.22, .62), (.18, .38), (.17, .12), (.17, -.20), (.14, -.52)],
+        [(.05, -.90), (.28, -.98), (.59, -.86), (.86, -.51), (.985, -.05), (.95, .42), (.78, .78), (.53, .99),
+         (.30, .93), (.21, .64), (.14, .40), (.22, .14), (.25, -.20), (.16, -.60)],
+        [(.12, -.86), (.34, -.96), (.63, -.86), (.88, -.52), (1.0, -.02), (.97, .45), (.80, .82), (.55, 1.02),
+         (.31, .96), (.21, .68), (.15, .42), (.20, .16), (.28, -.12), (.25, -.52)],
+        [(.30, -.70), (.42, -.83), (.65, -.77), (.88, -.45), (.99, .02), (.98, .48), (.81, .85), (.55, 1.06),
+         (.31, 1.0), (.22, .74), (.17, .50), (.22, .30), (.33, .10), (.34, -.30)],
+    ]
+)  # fmt: skip
+
+
+@dataclass
+class Patient:
+    """What stays the same in all slices of one patient; lengths in mm, densities in HU."""
+
+    half_width: float
+    half_depth: float
+    fat: float
+    muscle: float
+    roundness: float
+    breasts: float
+    arms_up: bool
+    vertebra: float
+    aorta: float
+    trachea: float
+    lung: float
+    gradient: float
+    contrast: float
+    gas: float  # what air inside the chest reads: scatter lifts it a little
+    emphysema: float
+    spine: float  # how far back the vertebra stands, in half depths of the cage
+    heart: float
+    seed: np.ndarray  # numbers in [0, 1) for the small quirks of this body
+
+    @staticmethod
+    def draw(rng: np.random.Generator) -> "Patient":
+        """Draw a patient; the same distributions whatever the class."""
+        half_width = float(np.clip(rng.normal(166, 13), 140, 194))
+        fat = float(rng.gamma(3.0, 3.2) + 4)
+        female = rng.random() < 0.45
+        return Patient(
+            half_width=half_width,
+            half_depth=half_width * rng.uniform(0.62, 0.74),
+            fat=min(fat, 30.0),
+            muscle=rng.uniform(6, 12),
+            roundness=rng.uniform(2.15, 2.7),
+            breasts=rng.uniform(10, 42) if female else 0.0,
+            arms_up=rng.random() < 0.85,
+            vertebra=rng.uniform(16, 20),
+            aorta=rng.uniform(10, 14.5),
+            trachea=rng.uniform(7, 9),
+            lung=float(np.clip(rng.normal(-885, 30), -925, -800)),
+            gradient=rng.uniform(15, 95),
+            contrast=rng.uniform(90, 240) if rng.random() < 0.55 else 0.0,
+            gas=rng.uniform(-1000, -958),
+            emphysema=rng.uniform(0.2, 1) if rng.random() < 0.35 else 0.0,
+            spine=rng.uniform(0.58, 0.68),
+            heart=rng.uniform(0.88, 1.15),
+            seed=rng.random(48),
+        )
+
+
+@dataclass
+class Scene:
+    """A slice under way: the picture in HU and what a finding needs to know about it.
+
+    hu, lung (share of lung tissue, 0..1), wall (mm from the chest wall, inside the cage): float32 (size, size);
+    x, y: the patient's coordinates of every pixel in mm; hilum: (2, 2), right and left; sides: two contours.
+    """
+
+    grid: Grid
+    patient: Patient
+    level: float
+    hu: np.ndarray
+    lung: np.ndarray
+    wall: np.ndarray
+    inner: np.ndarray  # mm from the lung's own edge
+    x: np.ndarray
+    y: np.ndarray
+    hilum: np.ndarray
+    sides: list
+    blood: float
+    body: np.ndarray  # contour of the skin
+
+
+def draw_anatomy(grid: Grid, patient: Patient, level: float, rng: np.random.Generator) -> Scene:
+    """Draw the slice of `patient` at `level` (0 apex .. 1 base) without any finding.
+
+    Args:
+        grid: pixels, position, slice thickness.
+        patient: the body.
+        level: where the slice lies in the chest.
+        rng: the body's own stream; vessels and texture come from it.
+    Returns:
+        the scene; air outside the body is -1024 HU.
+    """
+    p, q = patient, patient.seed
+    x, y = grid.coordinates()
+    hu = np.full((grid.size, grid.size), -1024, dtype=np.float32)
+    wobble = _wobble(rng)
+    a, b = p.half_width, p.half_depth
+
+    skin = wobble(_body_contour(p, level))
+    fat_texture = -106 + 5 * soft_field(rng, grid, 9)
+    paint(hu, grid, skin, 10.0)
+    paint(hu, grid, skin * (1 - 2.0 / a), fat_texture)
+    if p.breasts and 0.35 < level < 0.85:
+        _breast_glands(hu, grid, p, level, rng)
+
+    # The rib cage: half width and half depth of the lungs' outer edge.
+    taper = np.interp(level, [0, 0.12, 0.3, 0.6, 1], [0.86, 0.93, 0.98, 1.0, 1.0])
+    rib = 7.5
+    cage_w = (a - p.fat - p.muscle - rib - 2) * taper
+    cage_h = b - p.fat * 0.75 - p.muscle * 0.9 - rib - 4
+    cage_y = -0.035 * b - 2
+
+    sides = [_lung_contour(level, s, cage_w, cage_h, cage_y, p) for s in (-1, 1)]
+    cage = _cage_contour(sides)
+    muscle = 52 + 7 * soft_field(rng, grid, 6)
+    fat_only = hu.copy()
+    _chest_wall(hu, grid, p, level, cage_w, cage_h, cage_y, wobble, muscle, rng)
+    paint(hu, grid, wobble((cage - (0, cage_y)) * 1.025 + (0, cage_y)), muscle)
+    under_skin = mask_of(grid, skin * (1 - 5.0 / a))  # no muscle reaches the skin
+    hu[:] = fat_only + under_skin * (hu - fat_only)
+    mediastinum = smooth_contour(
+        np.array([(-.55, -.78), (0, -.96), (.55, -.78), (.6, 0), (.5, .5), (0, .66), (-.5, .5), (-.6, 0)])
+        * (cage_w, cage_h)
+    ) + (0, cage_y)  # fmt: skip
+    paint(hu, grid, mediastinum, -95 + 14 * soft_field(rng, grid, 7))
+
+    # Lungs: parenchyma with a dorsal gradient, clouds of perfusion, lobules.
+    lobules = soft_field(rng, grid, 7)
+    lung_hu = p.lung + p.gradient * np.clip((y - cage_y) / (2 * cage_h) + 0.1, -0.5, 0.7)
+    lung_hu += (12 + 9 * q[0]) * soft_field(rng, grid, 38) + (8 + 8 * q[1]) * lobules
+    if p.emphysema:
+        holes = np.clip(soft_field(rng, grid, 9) + 0.5 * soft_field(rng, grid, 45) - 0.8, 0, 1.4)
+        lung_hu -= p.emphysema * 95 * holes
+    # Fine texture of the parenchyma: vessels and septa too small to draw, more in some than in others.
+    lung_hu += 26 * q[2] ** 1.5 * soft_field(rng, grid, 2.6 + 1.6 * q[3])
+    lung_hu = np.maximum(lung_hu, -970).astype(np.float32)
+    sides = [wobble(s) for s in sides]
+    lung = np.maximum(mask_of(grid, sides[0]), mask_of(grid, sides[1]))
+    hu += lung * (lung_hu - hu)
+    wall = distance_inside(grid, mask_of(grid, wobble(cage)))
+
+    blood = 42.0 + p.contrast * 0.85
+    scene = Scene(grid, p, level, hu, lung, wall, wall, x, y, _hilum(p, cage_w, cage_h, cage_y), sides, blood, skin)
+    spine_y = cage_y + p.spine * cage_h
+    _ribs(hu, grid, wobble(cage), level, p, rng)
+    _vertebra(scene, spine_y, wobble, rng)
+    _sternum(hu, grid, level, p, cage_h, cage_y, wobble)
+    _organs(scene, cage_w, cage_h, cage_y, spine_y, wobble, rng)
+    scene.inner = distance_inside(grid, scene.lung)
+    _vessels_and_airways(scene, rng)
+    return scene
+
+
+def _wobble(rng):
+    """Return a function that bends contours a little, the same for all contours of a slice."""
+    size = rng.normal(0, 1.6, (3, 2))
+    wave = rng.normal(0, 1 / 48, (3, 2))
+    phase = rng.uniform(0, 2 * np.pi, 3)
+
+    def bend(points):
+        return points + np.sin(points @ wave.T + phase) @ size
+
+    return bend
+
+
+def _body_contour(p: Patient, level: float) -> np.ndarray:
+    """Skin: a superellipse with a sternal and a spinal groove, shoulders near the apex, and breasts."""
+    t = np.linspace(-np.pi, np.pi, 180, endpoint=False)  # 0 is the patient's left, -pi/2 the front
+    c, s = np.cos(t), np.sin(t)
+    r = (np.abs(c) ** p.roundness + np.abs(s) ** p.roundness) ** (-1 / p.roundness)
+    shoulder = np.clip((0.32 - level) / 0.3, 0, 1) * (0.14 if p.arms_up else 0.24)
+    x = p.half_width * r * c * (1 + shoulder * (0.6 + 0.4 * s))
+    y = p.half_depth * r * s * (1 - 0.03 * shoulder / 0.14 * (s < 0))
+    y += 3 * np.exp(-((x / 22) ** 2)) * (s < 0) - 6 * np.exp(-((x / 20) ** 2)) * (s > 0)
+    if p.breasts:
+        size = p.breasts * np.exp(-(((level - 0.62) / 0.17) ** 2))
+        centre = 0.52 * p.half_width
+        y -= size * np.exp(-(((np.abs(x) - centre) / (0.30 * p.half_width)) ** 2)) * (s < 0)
+        x *= 1 + 0.10 * size / 40 * np.clip(-s, 0, 1) * np.abs(c)
+    return np.stack([x, y], axis=1)
+
+
+def _breast_glands(hu, grid, p, level, rng):
+    size = p.breasts * np.exp(-(((level - 0.62) / 0.17) ** 2))
+    gland = -60 + 70 * soft_field(rng, grid, 8)
+    for side in (-1, 1):
+        shape = ellipse(side * 0.53 * p.half_width, -0.82 * p.half_depth - 0.5 * size, 0.16 * p.half_width, 0.42 * size,
+                        side * 0.35, rng.normal(0, 0.07, (3, 2)))  # fmt: skip
+        if size > 8:
+            paint(hu, grid, shape, np.clip(gland, -100, 45))
+
+
+def _lung_contour(level, side, cage_w, cage_h, cage_y, p) -> np.ndarray:
+    shape = np.array(
+        [[np.interp(level, LUNG_LEVELS, LUNG_SHAPES[:, i, k]) for k in (0, 1)] for i in range(LUNG_SHAPES.shape[1])]
+    )
+    quirk = 0.05 * (p.seed[4:32].reshape(14, 2) - 0.5)
+    shape = shape + (quirk if side < 0 else quirk[::-1]) * 0.8
+    if side > 0 and level > 0.5:  # the heart lies to the left
+        shape[10:14, 0] += 0.12 * min(1, (level - 0.5) / 0.2)
+    return smooth_contour(shape * (side * cage_w, cage_h) + (0, cage_y))
+
+
+def _cage_contour(sides: list) -> np.ndarray:
+    """Inner edge of the rib cage: the costal edges of both lungs, joined in front and behind."""
+    right, left = (s[: 9 * 12 - 6 : 4] for s in sides)
+    return np.vstack([left, right[::-1]])
+
+
+def _hilum(p, w, h, cy) -> np.ndarray:
+    return np.array([(-0.24 * w, cy + 0.08 * h), (0.25 * w, cy + 0.10 * h)])
+
+
+def _chest_wall(hu, grid, p, level, w, h, cy, wobble, muscle, rng):
+    """Muscle shell with fat planes, pectorals, back muscles, scapulae."""
+    half = np.array([(0, -.97), (.28, -1.0), (.60, -.88), (.87, -.53), (1.0, -.04), (.97, .43), (.81, .80), (.55, 1.02),
+                     (.30, 1.0), (0, .80)])  # fmt: skip
+    cage = smooth_contour(np.vstack([half, half[1:-1][::-1] * (-1, 1)]) * (w, h) + (0, cy))
+    shell = (cage - (0, cy)) * (1 + (p.muscle + 7.5) / w, 1 + (p.muscle * 0.8 + 7.5) / h) + (0, cy)
+    paint(hu, grid, wobble(shell), muscle)
+    # A fat plane between the muscle layers and the ribs.
+    plane = (cage - (0, cy)) * (1 + 10.5 / w, 1 + 9.5 / h) + (0, cy)
+    paint(hu, grid, wobble(plane), -90.0)
+    paint(hu, grid, wobble((cage - (0, cy)) * (1 + 8.8 / w, 1 + 8.2 / h) + (0, cy)), muscle)
+    for side in (-1, 1):
+        # Erector muscles beside the spinous process.
+        paint(hu, grid, wobble(ellipse(side * 25, cy + 1.03 * h + 8, 25, 13, side * 0.12)), muscle)
+        if level < 0.62:  # pectorals
+            size = np.interp(level, [0, 0.2, 0.45, 0.62], [1.0, 1.25, 0.9, 0.3])
+            path = np.array([(0.16, -1.10), (0.42, -1.14), (0.72, -0.94), (0.98, -0.58)]) * (side * w, h)
+            path = smooth_contour(path + (0, cy) - (0, 4), closed=False)
+            width = size * 7.5 * np.sin(np.linspace(0.25, 2.9, len(path)))
+            paint(hu, grid, wobble(band(path, width)), muscle)
+        if level < 0.55:
+            # Axilla: fat between the wall and the scapular muscles, then the blade between its muscles.
+            far = np.interp(level, [0, 0.2, 0.55], [1.16, 1.20, 1.13])
+            paint(hu, grid, wobble(ellipse(side * far * w * 0.985, cy - 0.15 * h, 9, 26, side * 0.1)), -100.0)
+            low = np.interp(level, [0, 0.25, 0.55], [0.0, 0.1, 0.3])
+            path = np.array(
+                [(1.19, -0.05 + low), (1.12, 0.35 + low), (0.98, 0.66 + low * 0.7), (0.74, 0.98 + low * 0.3)]
+            )
+            path = smooth_contour(path * (side * w, h) + (0, cy), closed=False)
+            bulk = np.interp(level, [0, 0.25, 0.55], [15, 13, 8])
+            belly = bulk * np.sin(np.linspace(0.3, 2.9, len(path)))
+            paint(hu, grid, wobble(band(path, belly)), muscle)
+            blade = path[6:-6] + (side * 1.0, 1.0)
+            paint(hu, grid, wobble(band(blade, 3.2)), 520.0)
+            inner = blade[3:-3]
+            paint(hu, grid, wobble(band(inner, 1.5)), 160.0)
+        if level < 0.14:  # clavicle
+            paint(hu, grid, wobble(ellipse(side * 0.55 * w, cy - 0.92 * h, 20, 6, side * 0.3)), 560.0)
+            paint(hu, grid, wobble(ellipse(side * 0.55 * w, cy - 0.92 * h, 17, 3.6, side * 0.3)), 180.0)
+    if level > 0.3:  # latissimus and serratus: the fat planes between them
+        for side in (-1, 1):
+            path = np.array([(1.08, -0.35), (1.12, 0.1), (1.08, 0.5), (0.92, 0.85)]) * (side * w, h) + (0, cy)
+            path = smooth_contour(path + (side * 5, 0), closed=False)
+            paint(hu, grid, wobble(band(path, 1.4)), -80.0)
+
+
+def _ribs(hu, grid, cage, level, p, rng):
+    """Five to eight rib cuts a side: curved bars with a cortex, longer where the rib runs in the slice."""
+    n = len(cage)
+    centre = cage.mean(0)
+    for side in (-1, 1):
+        at = 0.06 + 0.04 * rng.random()
+        while at < 0.43:
+            length = rng.uniform(0.028, 0.07) * (0.8 if at < 0.12 else 1.0)
+            i = (np.linspace(at, at + length, 14) * n) % n
+            i = i if side > 0 else (n - i) % n
+            path = np.stack([np.interp(i, np.arange(n + 1), np.append(cage[:, k], cage[0, k])) for k in (0, 1)], axis=1)
+            out = path - centre
+            out /= np.linalg.norm(out, axis=1, keepdims=True)
+            tilt = np.linspace(-1, 1, 14)[:, None] * rng.normal(0, 1.3)
+            path = path + out * (5.6 + tilt)
+            ends = np.sin(np.linspace(0.35, np.pi - 0.35, 14)) ** 0.5
+            thick = rng.uniform(3.1, 4.3)
+            if at < 0.10 and level > 0.2:  # costal cartilage in front
+                paint(hu, grid, band(path, thick * 1.2 * ends), 95.0)
+            else:
+                paint(hu, grid, band(path, thick * ends), rng.uniform(450, 800))
+                paint(hu, grid, band(path[2:-2], (thick - 1.4) * ends[2:-2]), rng.uniform(110, 240))
+            at += length + rng.uniform(0.012, 0.045)
+
+
+def _vertebra(scene, spine_y, wobble, rng):
+    hu, grid, r = scene.hu, scene.grid, scene.patient.vertebra
+
+    def put(shape, value):
+        shape = wobble(shape)
+        paint(hu, grid, shape, value)
+        paint(scene.lung, grid, shape, 0.0)
+
+    def plate(points, width, value):
+        put(band(smooth_contour(np.array(points) + (0, spine_y), closed=False), width), value)
+
+    marrow = 170 + 45 * soft_field(rng, grid, 4)
+    put(ellipse(0, spine_y + 2, r * 1.25, r * 1.12), 45.0)
+    put(ellipse(0, spine_y + r * 1.3, r * 1.5, r * 0.9), 50.0)
+    disc = rng.random() < 0.25
+    put(ellipse(0, spine_y, r * 1.05, r * 0.86), 95.0 if disc else 480.0)
+    if not disc:
+        put(ellipse(0, spine_y, r * 0.96, r * 0.77), marrow)
+    back = r * 0.95
+    for side in (-1, 1):
+        if not disc:
+            plate([(side * r * 0.62, r * 0.5), (side * r * 0.72, back), (side * r * 0.7, r * 1.5)], 4.2, 520.0)
+        reach = rng.uniform(1.7, 2.1)
+        plate([(side * r * 0.7, r * 1.35), (side * r * 1.2, r * 1.5), (side * r * reach, r * 1.75)], 4.6, 480.0)
+        plate(
+            [(side * r * 0.75, r * 1.37), (side * r * 1.2, r * 1.52), (side * r * (reach - 0.2), r * 1.70)],
+            2.6,
+            200.0,
+        )
+        plate([(side * r * 0.72, r * 1.45), (side * r * 0.35, r * 1.8), (0, r * 2.0)], 2.8, 560.0)
+    plate([(0, r * 1.9), (0.5, r * 2.3), (rng.normal(0, 1.5), r * rng.uniform(2.6, 3.2))], 3.0, 500.0)
+    put(ellipse(0, spine_y + back * 1.30, r * 0.52, r * 0.44), -30.0)
+    put(ellipse(0, spine_y + back * 1.30, r * 0.36, r * 0.32), 38.0)
+    if not disc:
+        paint(hu, grid, wobble(ellipse(0, spine_y, r * 0.6, r * 0.5)), marrow - 25)
+
+
+def _sternum(hu, grid, level, p, h, cy, wobble):
+    if 0.12 < level < 0.9:
+        wide = np.interp(level, [0.12, 0.3, 0.6, 0.9], [27, 20, 17, 8])
+        at = cy - 1.03 * h - 3.5
+        paint(hu, grid, wobble(ellipse(0, at, wide, 6.0, 0, np.array([(0.04, 0)]))), 430.0)
+        paint(hu, grid, wobble(ellipse(0, at, wide - 1.8, 4.2, 0, np.array([(0.04, 0)]))), 140.0)
+    elif level <= 0.12:
+        for side in (-1, 1):
+            paint(hu, grid, wobble(ellipse(side * 18, cy - 0.82 * h, 12, 8, side * 0.4)), 420.0)
+            paint(hu, grid, wobble(ellipse(side * 18, cy - 0.82 * h, 10, 6, side * 0.4)), 150.0)
+
+
+def _organs(scene, w, h, cy, spine_y, wobble, rng):
+    """Great vessels, heart, oesophagus, trachea and main bronchi, liver and left dome, by level."""
+    hu, grid, p, level = scene.hu, scene.grid, scene.patient, scene.level
+    q = p.seed
+    blood = scene.blood
+    f = (spine_y - (cy - h)) / 125  # depth of the mediastinum against a middle-sized one
+
+    def put(shape, value):
+        shape = wobble(shape)
+        paint(hu, grid, shape, value)
+        paint(scene.lung, grid, shape, 0.0)
+
+    def spot(x, y, rx, ry=None, value=None, angle=0.0):
+        shape = ellipse(x, spine_y + y * f, rx, ry or rx, angle, rng.normal(0, 0.02, (3, 2)))
+        put(shape, blood if value is None else value)
+
+    def chamber(x, y, rx, ry, value, angle=0.0):
+        """A heart chamber: its edge is soft, because the heart beats."""
+        shape = ellipse(0, 0, rx, ry, angle, rng.normal(0, 0.05, (3, 2)))
+        for k in range(4):
+            put(shape * (1.12 - 0.08 * k) + (x, spine_y + y * f), shade + (value - shade) * (k + 1) / 4)
+
+    def mix(values, levels):
+        return np.interp(level, levels, values)
+
+    def fold(points):
+        """Mediastinal fat with its pleural edge."""
+        put(smooth_contour(np.array(points) * (1, f) + (0, spine_y)), -92 + 12 * soft_field(rng, grid, 6))
+
+    shade = 46 + 6 * soft_field(rng, grid, 8)
+    ao = p.aorta
+    x_desc = 20 + 5 * q[33]
+    if level < 0.22:
+        fold([(-30, -30), (-34, -62), (-24, -88), (0, -96), (24, -88), (32, -60), (28, -28), (0, -14)])
+        spot(-17, -70 + 8 * q[34], 8, 7)
+        spot(-13, -52, 5.5)
+        spot(14, -56, 4.6)
+        spot(25, -40, 5.2)
+        spot(20, -78, 9, 6.5, blood * 0.8 + 8, 0.5)
+    elif level < 0.30:  # arch
+        fold([(-24, -30), (-36, -66), (-30, -92), (-4, -108), (22, -96), (36, -62), (32, -26), (0, -12)])
+        path = smooth_contour(
+            np.array([(-13, -84), (4, -72), (20, -50), (x_desc, -22)]) * (1, f) + (0, spine_y), closed=False
+        )
+        put(band(path, ao * np.linspace(1.1, 0.9, len(path))), blood)
+        spot(x_desc, -20, ao)
+        spot(-32, -68, 8.5, 9.5, blood * 0.85 + 6)
+    elif level < 0.52:
+        fold(
+            [
+                (-28, -24),
+                (-36, -50),
+                (-42, -76),
+                (-26, -100),
+                (0, -112),
+                (24, -104),
+                (42, -80),
+                (36, -46),
+                (30, -22),
+                (0, -14),
+            ]
+        )
+        spot(-16, -84, ao * 1.28)
+        spot(x_desc, -18, ao * 0.98)
+        spot(-37, -72, 8.5, 10, blood * 0.85 + 6)
+        if level > 0.38:  # pulmonary trunk; the right artery passes behind the ascending aorta
+            spot(19, -86, 14, 13, blood * 1.08, 0.5)
+            if level < 0.47:
+                path = smooth_contour(
+                    np.array([(18, -78), (2, -64), (-20, -60), (-42, -56)]) * (1, f) + (0, spine_y),
+                    closed=False,
+                )
+                put(band(path, np.linspace(11, 8, len(path))), blood * 1.08)
+                spot(36, -62, 10, 12, blood * 1.08, 0.6)
+    else:
+        grow = mix([0.78, 1.0, 1.0, 0.8], [0.52, 0.66, 0.84, 1.0]) * p.heart
+        wide = 0.46 * w * grow
+        x0, y0 = 0.13 * w, -70
+        shape = ellipse(x0, spine_y + y0 * f, wide * 1.10, 41 * grow * f, 0.32, np.array([(0.05, 0.4), (0.05, 2.2)]))
+        put(shape, -88 + 10 * soft_field(rng, grid, 7))
+        put((shape - (x0, spine_y + y0 * f)) * (0.955, 0.94) + (x0, spine_y + y0 * f), shade)
+        if level < 0.62:
+            spot(-6, -84, ao * 1.2, ao * 1.15, blood)
+            chamber(22, -96, 17, 13, blood * 1.05, 0.6)
+            chamber(8, -50, 27, 12, blood * 0.95, 0.05)
+            chamber(-34, -78, 11, 15, blood * 0.85)
+        elif level < 0.92:
+            chamber(-0.22 * w, -66, 17 * grow, 22 * grow, blood * 0.9, 0.3)
+            chamber(10, -90, 30 * grow, 14 * grow, blood * 0.95, 0.28)
+            chamber(0.30 * w, -62, 25 * grow, 14 * grow, blood, 0.75)
+            if level < 0.78:
+                chamber(6, -45, 26, 12, blood * 0.95, 0.1)
+        spot(x_desc - 2, -18, ao * 0.9)
+        if level > 0.7:
+            spot(-24, -42, 11, 9, blood * 0.85)  # inferior vena cava
+    if level > 0.3:
+        spot(-8, -18, 4, 4, blood * 0.9)  # azygos
+    # Oesophagus.
+    spot(5 + 4 * q[35], -27 if level > 0.22 else -34, 8, 5.5, 42.0, 0.2)
+    if q[36] < 0.35:
+        spot(5 + 4 * q[35], -27 if level > 0.22 else -34, 3, 1.8, -700.0, 0.2)
+    for _ in range(rng.integers(0, 4)):  # small lymph nodes
+        spot(rng.uniform(-26, 26), rng.uniform(-75, -40), rng.uniform(2, 4.5), rng.uniform(2, 3.5), 45.0)
+
+    # Trachea, carina, main bronchi.
+    r = p.trachea
+    y_t = -44
+    if level < 0.41:
+        x_t = -3 + 3 * (q[37] - 0.5)
+        if level > 0.36:
+            for side in (-1, 1):
+                spot(x_t + side * r * 0.85, y_t, r * 0.98, r * 0.95, 40.0)
+            for side in (-1, 1):
+                spot(x_t + side * r * 0.85, y_t, r * 0.83, r * 0.8, p.gas)
+        else:
+            spot(x_t, y_t, r + 1.6, r + 1.6, 40.0)
+            spot(x_t, y_t, r, r * 1.03, p.gas)
+    elif level < 0.56:
+        spread = (level - 0.41) / 0.15
+        for side, radius in ((-1, 0.78), (1, 0.68)):
+            x0 = side * (8 + 20 * spread)
+            spot(x0, y_t - 2, radius * r + 1.4 + 1.5 * spread, radius * r + 1.3, 40.0, side * 0.4)
+            spot(x0, y_t - 2, radius * r + 1.5 * spread, radius * r, p.gas, side * 0.4)
+    # Hila: the big branches beside the heart, with the lobar bronchi between them.
+    if 0.40 < level < 0.66:
+        near = 1 - abs(level - 0.53) / 0.16
+        for side, (hx, hy) in zip((-1, 1), scene.hilum, strict=True):
+            x0 = hx - side * (9 - 3 * near) + rng.normal(0, 2)
+            for _ in range(3):
+                r = rng.uniform(3.2, 4.5) + 3.0 * near
+                put(
+                    ellipse(x0 + side * rng.uniform(-2, 7), hy + rng.uniform(-15, 13), r, r * rng.uniform(0.8, 1.2)),
+                    blood,
+                )
+            for _ in range(2):
+                r = rng.uniform(2.4, 4.2)
+                shape = ellipse(x0 + side * rng.uniform(-1, 8), hy + rng.uniform(-11, 9), r, r * rng.uniform(0.75, 1.1))
+                centre = shape.mean(0)
+                put(centre + (shape - centre) * (1 + 1.3 / r), 35.0)
+                put(shape, p.gas)
+    # Domes: liver on the right, stomach and spleen on the left.
+    for side, first, share in ((-1, 0.74 + 0.08 * q[38], 1.0), (1, 0.82 + 0.09 * q[39], 0.9)):
+        if level > first:
+            grow = min(1.0, (level - first) / 0.3) ** 0.5 * share
+            centre = (side * 0.52 * w, cy - 0.10 * h)
+            shape = ellipse(
+                *centre, 0.50 * w * grow, 0.72 * h * grow, side * -0.12, np.array([(0.03, 0.3), (0.03, 1.1)])
+            )
+            put(shape, 58 + p.contrast * 0.3 + 6 * soft_field(rng, grid, 8))
+            if side > 0 and q[40] < 0.6 and grow > 0.5:
+                put(ellipse(centre[0], centre[1] - 0.25 * h, 0.2 * w * grow, 0.16 * h * grow), p.gas)
+
+
+def _vessels_and_airways(scene, rng):
+    """Arteries, veins and bronchi: trees in space that fill the lung, cut by the slab."""
+    hu, grid, p = scene.hu, scene.grid, scene.patient
+    above = (0.47 - scene.level) * LUNG_HEIGHT * 0.5
+    filled = np.zeros_like(hu)
+    walls, lumens = np.zeros_like(hu), np.zeros_like(hu)
+    deep = np.argwhere(scene.lung > 0.9)
+    if not len(deep):
+        return
+    for side, root in zip((-1, 1), scene.hilum, strict=True):
+        spots = deep[rng.permutation(len(deep))[:1200]] if len(deep) > 1200 else deep
+        xs, ys = scene.x[spots[:, 0], spots[:, 1]], scene.y[spots[:, 0], spots[:, 1]]
+        on_side = xs * side > 0
+        targets = np.stack([xs, ys], axis=1)[on_side]
+        for kind, share in (("artery", 1.0), ("vein", 0.8)):
+            n = int(min(len(targets), 270 * share))
+            if n < 8:
+                continue
+            chosen = targets[rng.choice(len(targets), n, replace=False)]
+            z = rng.uniform(-15, 15, n)
+            here = np.array([*(root + rng.normal(0, 3, 2)), np.clip(above, -38, 38) + (5 if kind == "vein" else -3)])
+            if kind == "vein":
+                here[1] -= 6
+            tree = grow_tree(rng, here, np.column_stack([chosen, z]), 0.34, 0.40)
+            points, radius, slope, branch = tree.sample(rng, max(0.5, 0.8 * grid.pixel))
+            radius = np.minimum(radius, 5.5)
+            filled = np.maximum(filled, stamp_tubes(grid, points, radius, slope))
+            if kind == "artery":
+                big = (radius > 1.3) & (tree.depth[branch] < 5)
+                if big.any():
+                    flat = points[big].copy()
+                    ahead = (tree.end - tree.start)[branch[big]]
+                    beside = np.stack([-ahead[:, 1], ahead[:, 0]], axis=1)
+                    beside /= np.maximum(np.linalg.norm(beside, axis=1, keepdims=True), 1e-6)
+                    tube = np.minimum(radius[big] * 0.8, 4.0)
+                    flat[:, :2] += beside * (radius[big] + tube)[:, None]
+                    thick = 0.4 + 0.1 * tube + 0.5 * (p.seed[41] < 0.25)  # bronchial wall thickening in some
+                    walls = np.maximum(walls, stamp_tubes(grid, flat, tube + thick, slope[big]))
+                    lumens = np.maximum(lumens, stamp_tubes(grid, flat, tube, slope[big]))
+    inside = np.minimum(1, scene.lung + (scene.wall > 12) * (hu < -60))
+    hu += inside * walls * (20 - hu)
+    hu += inside * lumens * (np.float32(p.gas + 8) - hu)
+    hu += inside * filled * (np.float32(scene.blood) - hu)

@@ -1,0 +1,430 @@
+"""Stage 2 of the phantom: what is wrong with the lung. Confounders for every class, then the finding of one."""
+
+import numpy as np
+from scipy import ndimage
+from scipy.spatial import cKDTree
+
+from ctutils.phantom.anatomy import Scene
+from ctutils.phantom.shapes import (
+    coverage,
+    ellipse,
+    grow_tree,
+    mask_of,
+    smooth_contour,
+    soft_field,
+    stamp_tubes,
+)
+
+
+def add_confounders(scene: Scene, rng: np.random.Generator) -> None:
+    """Draw what any patient may have, with the same chances for every class; changes `scene.hu`."""
+    hu, grid = scene.hu, scene.grid
+    back = _dorsal(scene)
+    # Chances first, so that one confounder never changes the draw of the next.
+    chance, size = rng.random(10), rng.random(10)
+    streams = rng.spawn(10)
+    if chance[0] < 0.6:  # dependent atelectasis: a band along the back, worse at the base
+        depth = 3 + 13 * size[0]
+        veil = np.clip(1 - scene.inner / depth, 0, 1) * np.clip((back - 0.55) / 0.3, 0, 1)
+        _add(scene, veil * (1 + 0.5 * soft_field(streams[0], grid, 9)), 100 + 420 * size[0] ** 2)
+    if chance[1] < 0.36:  # bullae: thin-walled air under the pleura, a mimic of pneumothorax
+        _bullae(scene, streams[1], 1 + int(6 * size[1] ** 2))
+    if chance[2] < 0.14:  # calcified granuloma
+        at = _pick(scene, streams[2], lambda wall: wall > 4)
+        if at is not None:
+            r = 1.5 + 2 * size[2]
+            _blob(
+                scene,
+                ellipse(*at, r, r, 0, streams[2].normal(0, 0.05, (2, 2))),
+                480 + 400 * streams[2].random(),
+            )
+    if chance[3] < 0.75:  # oblique fissures
+        _fissures(scene, streams[3])
+    if chance[4] < 0.03 and scene.level < 0.35:  # azygos fissure
+        h = scene.hilum[0]
+        line = np.array([(h[0] - 2, h[1] - 25), (h[0] - 26, h[1] - 12), (h[0] - 24, h[1] + 18), (h[0] - 4, h[1] + 34)])
+        _line(scene, smooth_contour(line, 40, closed=False), 0.75, 300)
+    if chance[5] < 0.12:  # a small effusion behind
+        depth = 3 + 9 * size[5]
+        side = scene.x * (1 if streams[5].random() < 0.5 else -1) > 0
+        layer = np.clip((depth * np.clip((back - 0.62) / 0.38, 0, 1) - scene.wall) / 1.2 + 0.5, 0, 1) * side
+        _mix(scene, np.where(back > 0.62, layer, 0), 12.0)
+    if chance[6] < 0.3:  # a plate of atelectasis or a scar
+        at = _pick(scene, streams[6], lambda wall: (wall > 2) & (wall < 30))
+        if at is not None:
+            way = streams[6].uniform(0, np.pi)
+            t = np.linspace(-1, 1, 60)[:, None] * (6 + 14 * size[6])
+            bow = np.array([(-np.sin(way), np.cos(way))]) * (t / 12) ** 2 * streams[6].normal(0, 2)
+            _line(scene, at + t * (np.cos(way), np.sin(way)) + bow, 0.5 + size[6], 450)
+    if chance[7] < 0.3:  # air trapping: patches of darker lung
+        patch = np.clip(soft_field(streams[7], grid, 30) - 0.5, 0, 0.7)
+        _add(scene, patch, -35 - 30 * size[7])
+    if chance[8] < 0.4:  # patches of slightly denser lung (low inspiration, perfusion)
+        patch = np.clip(soft_field(streams[8], grid, 34) - 0.3, 0, 1)
+        _add(scene, patch, 30 + 90 * size[8])
+    np.maximum(hu, -1024, out=hu)
+
+
+def add_finding(scene: Scene, finding: str, severity: float, rng: np.random.Generator) -> dict:
+    """Draw the finding of one class into the scene.
+
+    Args:
+        scene: anatomy with confounders; `scene.hu` is changed.
+        finding: ILD, Lung_Cancer, pneumonia, pneumothorax, or Normal / none, which draw nothing.
+        severity: 0 subtle .. 1 gross.
+        rng: the finding's own stream.
+    Returns:
+        finding (the sign drawn), side (right, left, both or ""), mask bool (size, size) of the finding.
+    """
+    if finding in ("Normal", "none"):
+        return {"finding": "", "side": "", "mask": np.zeros(scene.hu.shape, dtype=bool)}
+    draw = {"ILD": _ild, "Lung_Cancer": _cancer, "pneumonia": _pneumonia, "pneumothorax": _pneumothorax}[finding]
+    sign, mask = draw(scene, severity, rng)
+    right, left = (mask & (scene.x < 0)).sum(), (mask & (scene.x > 0)).sum()
+    side = "both" if min(right, left) > 0.15 * max(right, left) else ("right" if right > left else "left")
+    return {"finding": sign, "side": side if mask.any() else "", "mask": mask}
+
+
+# ---- tools -------------------------------------------------------------------------------------------------
+
+
+def _dorsal(scene: Scene) -> np.ndarray:
+    """Return 0 at the front of the lungs .. 1 at their back, float32."""
+    ys = np.concatenate([s[:, 1] for s in scene.sides])
+    return np.clip((scene.y - ys.min()) / (ys.max() - ys.min()), 0, 1).astype(np.float32)
+
+
+def _mix(scene: Scene, share: np.ndarray, value) -> None:
+    """Replace lung by `value` HU where `share` is 1."""
+    share = np.clip(share, 0, 1) * scene.lung
+    scene.hu += (share * (value - scene.hu)).astype(np.float32)
+
+
+def _add(scene: Scene, share: np.ndarray, amount: float) -> None:
+    """Add density to lung; vessels and walls stay at least as dense as they were."""
+    room = np.clip((60 - scene.hu) / 900, 0, 1)  # dense tissue cannot become denser by filling air
+    scene.hu += (np.clip(share, 0, 1.3) * scene.lung * amount * room).astype(np.float32)
+
+
+def _pick(scene: Scene, rng, where=None, side: int = 0):
+    """Return a random point (2,) in mm in the lung with `where(mm from the wall)`, or None."""
+    # In mm, by rejection, from a stream of its own: so little depends on the number of pixels.
+    rng = rng.spawn(1)[0]
+    for _ in range(400):
+        s = scene.sides[rng.integers(2) if side == 0 else (0 if side < 0 else 1)]
+        low, high = s.min(0), s.max(0)
+        at = rng.uniform(low, high)
+        px = np.round(scene.grid.to_pixels(at)).astype(int)
+        if (px < 0).any() or (px >= scene.grid.size).any():
+            continue
+        if scene.lung[px[1], px[0]] > 0.95 and (where is None or where(scene.wall[px[1], px[0]])):
+            return at
+    return None
+
+
+def _blob(scene: Scene, contour: np.ndarray, value: float, keep: float = 1.0) -> None:
+    found = coverage(scene.grid, contour)
+    if found is not None:
+        window, share = found
+        share = share * keep * (scene.lung[window] > 0.02) * np.minimum(1, scene.lung[window] * 1.3)
+        scene.hu[window] += share * (value - scene.hu[window])
+
+
+def _line(scene: Scene, path: np.ndarray, radius: float, amount: float) -> None:
+    """Add a thin sheet cut by the slice: `path` (N, 2) mm."""
+    steps = np.linalg.norm(np.diff(path, axis=0), axis=1)
+    along = np.concatenate([[0], np.cumsum(steps)])
+    t = np.arange(0, along[-1], max(0.5, 0.6 * scene.grid.pixel))
+    points = np.stack([np.interp(t, along, path[:, k]) for k in (0, 1)], axis=1)
+    disk = stamp_tubes(
+        scene.grid, np.column_stack([points, np.zeros(len(t))]), np.full(len(t), radius), np.full(len(t), 0.2)
+    )
+    _add(scene, disk, amount)
+
+
+def _fissures(scene: Scene, rng) -> None:
+    back = np.interp(scene.level, [0.1, 0.5, 1.0], [0.75, 0.35, -0.35])
+    for side, contour in zip((-1, 1), scene.sides, strict=True):
+        low, high = contour.min(0), contour.max(0)
+        mid, half = (low + high) / 2, (high - low) / 2
+        y0 = mid[1] + (back + rng.normal(0, 0.1)) * half[1]
+        t = np.linspace(-1, 1, 30)
+        sag = rng.uniform(-0.15, 0.2) * half[1]
+        path = np.column_stack([mid[0] + t * half[0], y0 + side * 0 * t - sag * (1 - t**2) + t * side * 8])
+        _line(scene, path, rng.uniform(0.35, 0.6), rng.uniform(120, 260))
+
+
+def _bullae(scene: Scene, rng, count: int) -> None:
+    around = _pick(scene, rng, lambda wall: wall < 18)
+    if around is None:
+        return
+    giant = rng.uniform(8, 26) if rng.random() < 0.4 else 0.0  # now and then one as wide as a crescent
+    for k in range(count):
+        r = min(rng.gamma(2.2, 2.6) + 2.5 + giant * (k == 0), 38)
+        at = around + rng.normal(0, 1, 2) * (0 if k == 0 else 12)
+        shape = ellipse(*at, r, r * rng.uniform(0.6, 1), rng.uniform(0, 3), rng.normal(0, 0.06, (3, 2)))
+        _blob(scene, shape, -780.0)
+        centre = at
+        _blob(scene, centre + (shape - centre) * (1 - 1.0 / r), scene.patient.gas + 6)
+
+
+# ---- findings ----------------------------------------------------------------------------------------------
+
+
+def _ild(scene: Scene, severity: float, rng):
+    """Interstitial lung disease: reticulation under the pleura, worse behind and at the base.
+
+    With it ground glass, traction bronchiectasis and, when severe, honeycombing (ATS/ERS/JRS/ALAT 2022,
+    https://doi.org/10.1164/rccm.202202-0399ST). Few signs at the apex, as in life.
+    """
+    grid = scene.grid
+    kind = rng.random()  # below 0.5: UIP with honeycombing; then NSIP-like with more ground glass
+    back = _dorsal(scene)
+    extent = (3.5 + 13.5 * severity) * (0.7 + 0.5 * scene.level)
+    clouds = soft_field(rng, grid, 24)
+    edge = scene.inner + 5 * clouds - 6 * (back - 0.5)
+    zone = np.clip((extent - edge) / 5 + 0.5, 0, 1) * (scene.wall < 60)
+    zone *= np.clip(0.35 + 0.9 * back + 0.25 * clouds, 0, 1)
+    mesh_scale = rng.uniform(4.0, 6.0)
+    fine = soft_field(rng, grid, mesh_scale) + 0.6 * soft_field(rng, grid, mesh_scale * 0.6)
+    other = soft_field(rng, grid, mesh_scale) + 0.6 * soft_field(rng, grid, mesh_scale * 0.6)
+    lines = np.maximum(np.exp(-((fine / 0.20) ** 2)), 0.9 * np.exp(-((other / 0.17) ** 2)))
+    _add(scene, zone, (35 + 115 * severity) * (0.6 if kind < 0.5 else 1.3))
+    _add(scene, zone * lines, 190 + 360 * severity)
+    sign = "reticulation" if kind < 0.5 else "reticulation with ground glass"
+    if kind < 0.5 and severity > 0.35:
+        sign = "honeycombing"
+        depth = 4 + 8 * severity
+        comb = np.clip((depth - scene.inner - 3 * clouds + 6 * (back - 0.6)) / 1.5, 0, 1) * (scene.wall < 40)
+        comb *= np.clip((back - 0.35) / 0.15 + clouds, 0, 1)
+        rows, cols = np.nonzero((comb > 0.02) & (scene.lung > 0.02))
+        if len(rows) > 20:
+            spacing = rng.uniform(4.0, 6.5)
+            n = int((2 * scene.patient.half_width / spacing) ** 2 * 1.2)
+            seeds = rng.uniform(-1, 1, (n, 2)) * scene.patient.half_width
+            near, _ = cKDTree(seeds).query(np.column_stack([scene.x[rows, cols], scene.y[rows, cols]]), k=2)
+            border = near[:, 1] - near[:, 0]  # 0 on the walls between two cysts
+            wall = np.clip(1.25 - border / 1.5, 0, 1)
+            value = -940 + wall * (880 - 120 * rng.random())
+            share = comb[rows, cols] * scene.lung[rows, cols]
+            scene.hu[rows, cols] += (share * (value - scene.hu[rows, cols])).astype(np.float32)
+    if severity > 0.3:  # traction bronchiectasis: wide, beaded airways inside the diseased zone
+        for _ in range(int(rng.integers(4, 9) + 6 * severity)):
+            at = _pick(scene, rng, lambda wall: (wall > 5) & (wall < 10 + extent))
+            if at is None:
+                break
+            col, row = np.round(grid.to_pixels(at)).astype(int)
+            if zone[row, col] < 0.3:
+                continue
+            side = scene.hilum[0 if at[0] < 0 else 1]
+            way = (at - side) / max(np.linalg.norm(at - side), 1) + rng.normal(0, 0.3, 2)
+            t = np.linspace(-1, 1, 50)
+            length = rng.uniform(3, 9)
+            path = at + np.outer(t * length, way) + np.outer(t**2, rng.normal(0, 2, 2))
+            r = rng.uniform(0.7, 1.3) * (1 + 0.3 * np.sin(t * rng.uniform(4, 8)))
+            points, flat = np.column_stack([path, np.zeros(50)]), np.full(50, 0.5)
+            _mix(scene, stamp_tubes(grid, points, r + 0.8, flat), -250.0)
+            _mix(scene, stamp_tubes(grid, points, r, flat), -960.0)
+    return sign, (zone > 0.3) & (scene.lung > 0.5)
+
+
+def _cancer(scene: Scene, severity: float, rng):
+    """Lung cancer: one nodule or mass of 8 to 40 mm, lobulated or spiculated."""
+    grid = scene.grid
+    r = 4.8 + 14.5 * severity**1.15
+    at = _pick(scene, rng, lambda wall: wall > min(r * 0.4 + 2, 12))
+    if at is None:
+        return "", np.zeros(scene.hu.shape, dtype=bool)
+    solid = rng.uniform(15, 60) + 0.18 * scene.patient.contrast
+    part_solid, cavity = rng.random() < 0.2, rng.random() < 0.12 and r > 6
+    spiculated = rng.random() < 0.62
+    bumps = np.column_stack([rng.normal(0, 1, 5) * np.array([0.09, 0.07, 0.05, 0.035, 0.03]), rng.uniform(0, 6.3, 5)])
+    shape = ellipse(*at, r * rng.uniform(0.85, 1.2), r * rng.uniform(0.8, 1.05), rng.uniform(0, 3), bumps)
+    mask = mask_of(grid, shape)
+    sign = "spiculated" if spiculated else "lobulated"
+    sign += " nodule" if r < 15 else " mass"
+    if part_solid:
+        sign = "part-solid nodule"
+        halo = mask_of(grid, at + (shape - at) * 1.35)
+        texture = 0.85 + 0.25 * soft_field(rng, grid, 4)
+        _add(scene, ndimage.gaussian_filter(halo, 1.2 / grid.pixel) * texture, rng.uniform(260, 400))
+        shape = at + (shape - at) * 0.6 + rng.normal(0, 0.1 * r, 2)
+    if spiculated:
+        rays = rng.integers(9, 18)
+        angles = np.sort(rng.uniform(0, 2 * np.pi, rays))
+        all_points, all_r = [], []
+        for angle in angles:
+            length = r * rng.uniform(0.35, 0.95) + 2.0
+            t = np.linspace(0, 1, 40)
+            way = np.array([np.cos(angle), np.sin(angle)])
+            side = np.array([-way[1], way[0]])
+            path = at + np.outer(0.72 * r + t * length, way) + np.outer(t**2, side * rng.normal(0, 1.5))
+            all_points.append(np.column_stack([path, np.zeros(40)]))
+            all_r.append(rng.uniform(0.6, 1.1) * (1.1 - t))
+        points, radius = np.vstack(all_points), np.concatenate(all_r)
+        _mix(scene, 0.85 * stamp_tubes(grid, points, radius, np.full(len(radius), 0.3)), solid - 40)
+    if rng.random() < 0.4:  # pleural tag
+        px = np.round(grid.to_pixels(at)).astype(int)
+        far = scene.wall[px[1], px[0]]
+        centre = np.array([0, at[1] * 0.6])
+        way = (at - centre) / max(np.linalg.norm(at - centre), 1)
+        t = np.linspace(0, 1, 80)
+        path = at + np.outer(t * min(far + 2, 28), way)
+        _mix(
+            scene,
+            0.8 * stamp_tubes(grid, np.column_stack([path, 0 * t]), np.full(80, 0.7), np.full(80, 0.3)),
+            0.0,
+        )
+        sign += " with pleural tag"
+    soft = coverage(grid, shape)
+    if soft is not None:
+        window, share = soft
+        grain = solid + 12 * soft_field(rng, grid, 5)[window]
+        share = share * np.minimum(1, scene.lung[window] * 1.2)
+        scene.hu[window] += share * (np.maximum(grain, scene.hu[window] * 0.2) - scene.hu[window])
+    if cavity and not part_solid:
+        sign = "cavitating " + sign
+        hole = at + (shape - at) * rng.uniform(0.4, 0.62) + rng.normal(0, 0.08 * r, 2)
+        _blob(scene, hole, -940.0)
+    return sign, (mask > 0.3) & (scene.lung > 0.2)
+
+
+def _pneumonia(scene: Scene, severity: float, rng):
+    """Pneumonia: lobar or patchy consolidation with air bronchograms, ground glass, tree-in-bud."""
+    grid = scene.grid
+    kind = rng.choice(3, p=[0.45, 0.25, 0.30])
+    side = int(rng.choice([-1, 1]))
+    at = _pick(scene, rng, lambda wall: (wall > 5) & (wall < 45), side)
+    if at is None:
+        return "", np.zeros(scene.hu.shape, dtype=bool)
+    size = 15 + 26 * severity
+    clouds, grain = soft_field(rng, grid, 16), soft_field(rng, grid, 6)
+    far = np.hypot((scene.x - at[0]), (scene.y - at[1]) * rng.uniform(0.8, 1.3))
+    same_side = (scene.x * side > 0).astype(np.float32)
+    if kind == 0:  # consolidation: dense, with a ragged edge of ground glass
+        edge = (size - far) + 6 * clouds + 2.5 * grain
+        # A lobe ends at its fissure: one straight side.
+        cut = rng.uniform(0, 2 * np.pi)
+        along = (scene.x - at[0]) * np.cos(cut) + (scene.y - at[1]) * np.sin(cut)
+        edge = np.minimum(edge, (0.6 * size - along) * 2 + 3 * clouds)
+        dense = np.clip(edge / 4, 0, 1) * same_side
+        halo = np.clip((edge + 9) / 10, 0, 1) * same_side
+        _add(scene, halo, 200 + 160 * severity)
+        _mix(
+            scene,
+            dense * np.clip(0.80 + 0.16 * grain + 0.2 * severity, 0.5, 1),
+            rng.uniform(5, 45) + 0.12 * scene.patient.contrast,
+        )
+        _air_bronchograms(scene, dense, at, side, rng)
+        return "consolidation with air bronchograms", (halo > 0.4) & (scene.lung > 0.5)
+    if kind == 1:  # patchy ground glass in several lobules
+        field = np.zeros_like(scene.hu)
+        for _ in range(rng.integers(2, 5)):
+            spot = _pick(scene, rng, None, side if rng.random() < 0.65 else -side)
+            if spot is not None:
+                r = rng.uniform(0.45, 0.9) * size
+                d = np.hypot(scene.x - spot[0], scene.y - spot[1])
+                field = np.maximum(field, np.clip((r - d + 6 * clouds + 2 * grain) / 6, 0, 1))
+        _add(scene, field * (0.85 + 0.2 * grain), 190 + 220 * severity)
+        return "patchy ground glass", (field > 0.4) & (scene.lung > 0.5)
+    # Tree-in-bud: short branching twigs with buds around the ends of the airways.
+    field = np.zeros_like(scene.hu)
+    n = int(14 + 34 * severity)
+    mask = np.zeros_like(scene.hu)
+    hilum = scene.hilum[0 if side < 0 else 1]
+    for k in range(n):
+        spot = at + rng.normal(0, size * 0.6, 2)
+        way = spot - hilum
+        ends = spot + rng.normal(0, 2.2, (4, 2)) + 4.5 * way / max(np.linalg.norm(way), 1)
+        tree = grow_tree(rng, np.array([*spot, 0.0]), np.column_stack([ends, rng.normal(0, 0.4, 4)]), 0.5, 0.3)
+        points, radius, slope, _ = tree.sample(rng, 0.6)
+        buds = np.column_stack([ends, np.zeros(4)])
+        points, radius = np.vstack([points, buds]), np.concatenate([radius, rng.uniform(0.8, 1.6, 4)])
+        field = np.maximum(field, stamp_tubes(grid, points, radius, np.append(slope, np.full(4, 0.5))))
+        if k == 0 and severity > 0.25:
+            patch = np.clip((size * 0.75 - far + 7 * clouds + 3 * grain) / 7, 0, 1) * same_side
+            _add(scene, patch, 120 + 180 * severity)
+            mask = patch
+    field *= same_side
+    _mix(scene, field * (0.55 + 0.2 * severity), 0.0)
+    return "tree-in-bud", ((ndimage.gaussian_filter(field, 2 / grid.pixel) > 0.12) | (mask > 0.5)) & (scene.lung > 0.5)
+
+
+def _air_bronchograms(scene: Scene, dense, at, side, rng) -> None:
+    grid = scene.grid
+    hilum = scene.hilum[0 if side < 0 else 1]
+    start = at + (hilum - at) * 0.45
+    ends = at + rng.normal(0, 11, (14, 2)) + (at - hilum) * 0.12
+    tree = grow_tree(rng, np.array([*start, 0.0]), np.column_stack([ends, rng.normal(0, 2.5, 14)]), 0.75, 0.30)
+    points, radius, slope, _ = tree.sample(rng, 0.6)
+    air = stamp_tubes(grid, points, radius, slope)
+    _mix(scene, air * np.clip(dense * 1.5 - 0.2, 0, 1), -900.0)
+
+
+def _pneumothorax(scene: Scene, severity: float, rng):
+    """Pneumothorax: air in front between chest wall and lung, the visceral pleura as a thin line.
+
+    The lung's own picture is pressed toward the hilum, so that it is smaller, denser and its vessels crowded;
+    when large, the mediastinum moves to the other side.
+    """
+    grid = scene.grid
+    k = int(rng.integers(2))
+    side, hilum, contour = (-1, 1)[k], scene.hilum[k], scene.sides[k]
+    thick = (3.5 + 30 * severity**1.8) * (1.15 - 0.35 * scene.level)
+    # Gas lies where the lung lets it: in front, as the patient lies on the back, less at the side.
+    dx, dy = scene.x - hilum[0], scene.y - hilum[1]
+    far = np.maximum(np.hypot(dx, dy), 1e-3)
+    up = -dy / far
+    out = side * dx / far
+    tilt = rng.uniform(0.15, 0.75)
+    reach = np.clip(0.15 + 0.75 * up + tilt * out, 0, 1.2) + 0.10 * soft_field(rng, grid, 60)
+    width = (thick * np.clip(reach, 0, 1.2)).astype(np.float32)
+    if thick > 17:
+        _shift_mediastinum(scene, -side * min(14.0, 0.9 * (thick - 15)))
+    own = ((mask_of(grid, contour) > 0.5) & (scene.lung > 0.02)).astype(np.float32)
+    if own.sum() < 50:
+        return "", np.zeros(scene.hu.shape, dtype=bool)
+    depth = np.where(own > 0, scene.wall, 99)
+    gas = np.clip((width - depth) / (0.8 * grid.pixel) + 0.5, 0, 1) * (width > 1.0)
+
+    # Press the lung: a point at the new edge shows what lay at the chest wall.
+    rows = np.nonzero(own.any(1))[0]
+    cols = np.nonzero(own.any(0))[0]
+    win = (slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1))
+    edge = far + scene.wall  # about where the wall stands along this ray
+    share = np.clip(far / np.maximum(edge - width, 1), 0, 1)
+    push = (width * share)[win]
+    px, py = dx[win] / far[win], dy[win] / far[win]
+    c, s = np.cos(grid.angle), np.sin(grid.angle)
+    col = np.arange(cols[0], cols[-1] + 1)[None, :] + push * (c * px - s * py) / grid.pixel
+    row = np.arange(rows[0], rows[-1] + 1)[:, None] + push * (s * px + c * py) / grid.pixel
+    pressed = ndimage.map_coordinates(scene.hu, [row, col], order=1, mode="nearest")
+    ok = own[win] * (1 - gas[win])
+    # Where the pressed picture would show the chest wall, keep the lung's own density.
+    plain = np.minimum(pressed, np.where(share[win] > 0.93, scene.patient.lung + 60, 3000))
+    scene.hu[win] += ok * scene.lung[win] * (plain - scene.hu[win])
+    dense = np.clip((scene.hu + 1000) / 200, 0, 1) * (own > 0) * (1 - gas)
+    _add(scene, dense * np.clip(width.max() / 40, 0, 1), 40 + 210 * severity)
+    _mix(scene, gas * own, scene.patient.gas + 4)
+    line = np.exp(-(((depth - width) / max(0.75, 0.6 * grid.pixel)) ** 2)) * (width > 2.0) * own
+    _mix(scene, 0.62 * line, -60.0)
+    mask = (gas > 0.5) & (own > 0) & (scene.lung > 0.5)
+    return ("large pneumothorax" if thick > 25 else "pneumothorax"), mask
+
+
+def _shift_mediastinum(scene: Scene, way: float) -> None:
+    """Move heart, great vessels and airways by `way` mm to the side; spine and chest wall stay."""
+    grid = scene.grid
+    rows, cols = np.nonzero(scene.wall.any(1))[0], np.nonzero(scene.wall.any(0))[0]
+    win = (slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1))
+    x, y = scene.x[win], scene.y[win]
+    front = scene.hilum[:, 1].mean() + 0.12 * scene.patient.half_depth  # the spine begins behind this
+    share = np.clip(scene.wall[win] / 25, 0, 1) * np.exp(-((x / 60) ** 2)) * np.clip((front - y) / 15 + 0.5, 0, 1)
+    push = way * share / grid.pixel
+    c, s = np.cos(grid.angle), np.sin(grid.angle)
+    at = [
+        np.arange(rows[0], rows[-1] + 1)[:, None] - push * s,
+        np.arange(cols[0], cols[-1] + 1)[None, :] - push * c,
+    ]
+    for picture in (scene.hu, scene.lung):
+        picture[win] = ndimage.map_coordinates(picture, at, order=1, mode="nearest")
