@@ -84,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=int)
     train.add_argument("--size", type=int, help="pixels a side at the network's input (default 224)")
     train.add_argument("--bn", choices=("auto", "frozen", "adapt", "drift"), default="auto", help=BN_HELP)
+    train.add_argument(
+        "--no-standardise",
+        dest="standardise",
+        action="store_false",
+        help="leave the frozen features as they are (the deck's way) instead of scaling them to mean 0, sd 1",
+    )
     train.add_argument("--unfreeze", action="store_true", help="train every layer, not only the head")
     train.add_argument(
         "--augment",
@@ -183,6 +189,7 @@ def _train(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         size=options.size,
         bn=options.bn,
+        standardise=options.standardise,
         unfreeze=options.unfreeze,
         augment=tuple(options.augment),
         precision=options.precision,

@@ -22,7 +22,7 @@ class Profile:
     test: int
     epochs: int = 10
     image_size: int = 224  # pixels a side at the network's input
-    batch_size: int = 32
+    batch_size: int = 16
 
 
 PROFILES = {

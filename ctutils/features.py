@@ -53,10 +53,11 @@ def inference_copy(backbone: nn.Module, precision: str = "float32") -> nn.Module
     """
     fast = _fold_batchnorm(copy.deepcopy(backbone).eval().requires_grad_(False))
     if precision == "bfloat16":
+        # What could not be folded (DenseNet normalises before it convolves) keeps exact statistics.
+        norms = {name: copy.deepcopy(part) for name, part in fast.named_modules() if isinstance(part, BatchNorm)}
         fast.to(torch.bfloat16)
-        for part in fast.modules():
-            if isinstance(part, BatchNorm):  # DenseNet's, which no convolution precedes; its statistics stay exact
-                part.float()
+        for name, norm in norms.items():
+            fast.set_submodule(name, norm)
     return fast.to(memory_format=torch.channels_last)
 
 
@@ -119,10 +120,13 @@ def extract_features(
     _reuse_large_blocks()
     fast = inference_copy(backbone, precision).to(device)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    # Every grey value's normalised (R, G, B), looked up picture by picture: equal to the bit, and channels-last.
+    greys = torch.arange(256, dtype=torch.uint8, device=device).view(256, 1, 1, 1)
+    table = normalise(greys, mean, std).view(256, 3).to(dtype)
     features = None
     for start in progress(range(0, len(store), batch_size), desc="One pass", unit="batch", leave=False):
-        grey = torch.from_numpy(np.array(store[start : start + batch_size]))[:, None].to(device, non_blocking=True)
-        images = normalise(grey, mean, std).to(dtype).contiguous(memory_format=torch.channels_last)
+        grey = torch.from_numpy(np.array(store[start : start + batch_size])).to(device, non_blocking=True)
+        images = nn.functional.embedding(grey.int(), table).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
         batch = fast(images).float()
         if features is None:
             features = torch.empty(len(store), batch.shape[1], device=device)
@@ -198,6 +202,7 @@ def _reuse_large_blocks() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    trim_threshold, mmap_threshold = -1, -3
-    mallopt(mmap_threshold, 1 << 30)
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    if not mallopt(mmap_threshold, 1 << 30):  # an older glibc refuses more than 32 MB
+        mallopt(mmap_max, 0)
     mallopt(trim_threshold, 1 << 30)

@@ -50,6 +50,7 @@ class Plan:
     batch_size: int | None = None
     size: int | None = None
     bn: str = "auto"
+    standardise: bool = True  # features of a frozen backbone to mean 0, sd 1 on the training slices
     unfreeze: bool = False
     augment: tuple[str, ...] = ()
     precision: str = "auto"
@@ -113,7 +114,7 @@ def run_plan(
                 settings.device,
             )
         on_features = not (plan.unfreeze or plan.augment or bn == "drift")
-        standardised = weights.kind == "random" and not plan.unfreeze
+        standardised = plan.standardise and not plan.unfreeze and bn != "drift"
         features_seconds = 0.0
         if not (on_features or standardised):
             precision = "float32"
@@ -219,7 +220,7 @@ def _check(plan: Plan, epochs: int, batch_size: int, size: int, out: Path) -> No
         raise CTError(
             f"'{out}', which holds something else than a run record",
             "a new folder or an older record",
-            "choose another folder for the record; this one was left as it is",
+            "choose another folder for the record; this one was left as it was",
         )
 
 

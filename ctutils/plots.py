@@ -51,6 +51,7 @@ def slice_grid(
     boxes: Sequence[tuple[float, float, float, float] | None] | None = None,
     columns: int = 5,
     title: str = "Slices",
+    side: float = 1.5,
 ) -> np.ndarray:
     """Show slices side by side.
 
@@ -60,6 +61,7 @@ def slice_grid(
         boxes: (left, top, right, bottom) in pixels, or None, one an image.
         columns: images a row.
         title: of the figure.
+        side: of one slice, inches; 1.5 are 120 pixels, and ten such slices about 130 kB.
     Returns:
         The Axes, object (rows * columns,), unused ones switched off.
     Raises:
@@ -75,7 +77,7 @@ def slice_grid(
         _check_image(image)
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    side = min(1.5, 9 / columns)  # 120 pixels at 80 dpi: ten slices are about 130 kB
+    side = min(side, 9 / columns)
     lines = max((text.count("\n") + 1 for text in titles), default=0) if titles else 0
     figure, axes = plt.subplots(
         rows,

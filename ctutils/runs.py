@@ -265,7 +265,9 @@ def list_runs(runs_dir: str | Path) -> tuple[list[Run], list[str]]:
     """
     runs, problems = [], []
     runs_dir = Path(runs_dir)
-    folders = {path for path in runs_dir.glob("*") if path.is_dir() and not path.name.startswith(".")}
+    parts = ("run.json", "history.csv", "predictions.csv", *TENSOR_FILES)  # a folder with none of them is no record
+    folders = {path.parent for name in parts for path in runs_dir.glob(f"*/{name}")}
+    folders = {path for path in folders if not path.name.startswith(".")}
     folders |= {path.with_name(path.name.removeprefix(".old-")) for path in runs_dir.glob(".old-*")}
     for folder in sorted(folders):
         try:

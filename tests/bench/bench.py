@@ -1,0 +1,835 @@
+"""Measure the course's way against the deck's plain loop, on synthetic slices: `make bench`.
+
+    python tests/bench/bench.py [--only a six b c e f] [--quick] [--backbones resnet50 ...] [--repetitions 5]
+
+Sections:
+    a    the deck's loop against ours, end to end, caches cold and warm; macro F1 of both over head seeds
+    six  all six deck backbones over one decoded store, and the same extrapolated to the deck's 9001 slices
+    b    forward images/s against plain float32, and the share of the machine's measured peak
+    c    building the decoded store against one PIL process
+    e    growth with epochs and with slices
+    f    peak memory
+(d, fastai and Lightning, is peers.py.) Every repetition is a process of its own and the sides take turns, so
+that a ratio compares neighbours in time. CPU seconds include all children. Prints tables and writes
+data/bench/bench.json. Needs Linux or macOS.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SIX = ("vgg16", "alexnet", "resnet50", "resnet152", "densenet161", "mobilenet_v3_large")
+SECTIONS = ("a", "six", "b", "c", "e", "f")
+DECK_SLICES = 9001
+CLOCKS = {"work_cpu": "CPU, work", "work_wall": "wall, work", "cpu": "CPU, process", "wall": "wall, process"}
+
+
+# ---------------------------------------------------------------- the deck's loop, as a student writes it
+
+
+def plain_loop(job: dict) -> dict:
+    """PIL, torchvision transforms, a DataLoader with 2 workers, the whole network in every epoch; head only trained.
+
+    BatchNorm stays in eval mode, which the deck forgot, so that both sides learn from the same features.
+    """
+    import torch
+    from sklearn.metrics import f1_score
+    from torch import nn
+    from torch.utils.data import DataLoader
+    from torchvision import datasets, transforms
+
+    work = work_clock()
+    torch.manual_seed(job["seed"])
+    device = torch.device(job["device"])
+    transform = transforms.Compose(
+        [
+            transforms.Resize((job["size"], job["size"])),
+            transforms.ToTensor(),
+            transforms.Normalize(job["mean"], job["std"]),
+        ]
+    )
+    sets = {phase: datasets.ImageFolder(Path(job["data"]) / phase, transform) for phase in ("train", "val")}
+    loaders = {
+        phase: DataLoader(sets[phase], batch_size=job["batch_size"], shuffle=phase == "train", num_workers=2)
+        for phase in sets
+    }
+    model = bare_network(job["backbone"])
+    model.load_state_dict(torch.load(Path(job["weights"]) / f"{job['backbone']}.pth"))
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    in_features = model.get_submodule(job["head"]).in_features
+    model.set_submodule(job["head"], nn.Linear(in_features, len(sets["train"].classes)))
+    model = model.to(device)
+
+    criterion = nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(model.get_submodule(job["head"]).parameters(), lr=0.001)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
+    scores, best_state = [], None
+    before = work()["work_wall"]
+    for _ in range(job["epochs"]):
+        for phase in ("train", "val"):
+            model.train(phase == "train")
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+            running_loss, y_true, y_pred = 0.0, [], []
+            for images, labels in loaders[phase]:
+                images, labels = images.to(device), labels.to(device)
+                optimizer.zero_grad()
+                with torch.set_grad_enabled(phase == "train"):
+                    logits = model(images)
+                    loss = criterion(logits, labels)
+                    if phase == "train":
+                        loss.backward()
+                        optimizer.step()
+                running_loss += loss.item() * len(labels)
+                y_true += labels.tolist()
+                y_pred += logits.argmax(1).tolist()
+            if phase == "val":
+                score = f1_score(y_true, y_pred, average="macro")
+                if not scores or score > max(scores):
+                    best_state = copy.deepcopy(model.state_dict())
+                scores.append(score)
+        scheduler.step()
+    model.load_state_dict(best_state)
+    done = work()
+    return {"macro_f1": max(scores), "growing": done["work_wall"] - before, **done}
+
+
+def work_clock() -> Callable[[], dict[str, float]]:
+    """Return a function that says what was spent since now: work_cpu (with children) and work_wall, in seconds.
+
+    Both sides start it after their imports, which cost the same whatever is done and hide a short run.
+    """
+    cpu, wall = sum(os.times()[:4]), time.perf_counter()
+    return lambda: {"work_cpu": sum(os.times()[:4]) - cpu, "work_wall": time.perf_counter() - wall}
+
+
+def bare_network(name: str):
+    """Return a network as its library makes it."""
+    if name == "efficientnet_lite0":
+        import timm
+
+        return timm.create_model("tf_efficientnet_lite0")
+    from torchvision import models
+
+    return models.get_model(name)
+
+
+# ---------------------------------------------------------------- ours, and the smaller jobs
+
+
+def our_way(job: dict) -> dict:
+    """`run_plan`, one backbone after another over one store, as `python -m ctutils train` calls it."""
+    import dataclasses
+
+    import sklearn.model_selection  # noqa: F401  (halves the validation split)
+    import torchvision  # noqa: F401
+
+    from ctutils import pipeline
+    from ctutils.config import PROFILES, Settings
+
+    growing, build_store = 0.0, pipeline.build_store  # the wall seconds of what grows with the slices
+
+    def timed_store(*args, **kwargs):
+        nonlocal growing
+        start = time.perf_counter()
+        store = build_store(*args, **kwargs)
+        growing += time.perf_counter() - start
+        return store
+
+    pipeline.build_store = timed_store
+    work = work_clock()
+    cache = Path(job["cache"])
+    profile = dataclasses.replace(PROFILES["standard"], image_size=job["size"], batch_size=job["batch_size"])
+    settings = Settings(profile, job["device"], job["weights"], Path(job["data"]), cache, cache / "runs")
+    for name in job["backbones"]:
+        plan = pipeline.Plan(
+            name, Path(job["data"]), epochs=job["epochs"], precision=job["precision"], seed=job["seed"]
+        )
+        seconds = pipeline.run_plan(plan, settings, cache / "runs" / name, say=lambda line: None).record["seconds"]
+        growing += seconds["features"] + seconds["train"]
+    return {"growing": growing, **work()}
+
+
+def make_weights(job: dict) -> dict:
+    """Write one weights file that both sides load: ImageNet's where it can be had, else random ones.
+
+    Random networks get BatchNorm statistics of 32 slices, since without them their features hardly vary.
+    """
+    import torch
+
+    from ctutils import models
+    from ctutils.data import build_store, load_folder, make_loaders
+
+    spec = models.get_spec(job["backbone"])
+    model, info = models.build_model(spec.name, job["choice"])
+    if info.kind == "random":
+        folder = load_folder(job["data"], cache=Path(job["cache"]))
+        store = build_store(folder, job["size"], cache=Path(job["cache"]))
+        loader = make_loaders(folder, store, mean=spec.mean, std=spec.std, batch_size=32)["train"]
+        models.adapt_batchnorm(models.split_model(model, spec.name)[0], [next(iter(loader))])
+    path = Path(job["weights"]) / f"{spec.name}.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return {"kind": info.kind}
+
+
+def head_scores(job: dict) -> dict:
+    """Best validation macro F1 of several head seeds, on the plain loop's features and on ours.
+
+    The plain loop's features are the same in every epoch, so one plain pass (PIL, float32) stands for all.
+    """
+    import torch
+    from torch import nn
+    from torchvision import transforms
+
+    from ctutils import models
+    from ctutils.data import build_store, feature_loaders, load_folder
+    from ctutils.features import cached_features, choose_precision
+    from ctutils.training import train_model
+
+    spec, cache = models.get_spec(job["backbone"]), Path(job["cache"])
+    folder = load_folder(job["data"], cache=cache)
+    model, _ = models.build_model(spec.name, job["weights"])
+    models.replace_head(model, spec.name, len(folder.classes))
+    models.freeze(model, train=models.get_module(model, spec.head))
+    backbone, head = models.split_model(model.eval(), spec.name)
+    precision = choose_precision(job["precision"], job["device"])
+    ours, _ = cached_features(
+        backbone,
+        build_store(folder, job["size"], cache=cache),
+        name=spec.name,
+        fingerprint=folder.fingerprint,
+        mean=spec.mean,
+        std=spec.std,
+        cache=cache,
+        device=job["device"],
+        precision=precision,
+    )
+    from PIL import Image
+
+    transform = transforms.Compose(
+        [
+            transforms.Resize((job["size"], job["size"])),
+            transforms.ToTensor(),
+            transforms.Normalize(spec.mean, spec.std),
+        ]
+    )
+    batches = []
+    with torch.no_grad():
+        for start in range(0, len(folder.slices), 16):
+            paths = folder.slices["path"][start : start + 16]
+            images = torch.stack([transform(Image.open(folder.root / path).convert("RGB")) for path in paths])
+            batches.append(backbone.to(job["device"])(images.to(job["device"])).cpu())
+    scores: dict[str, list[float]] = {"plain": [], "ours": []}
+    for side, features in (("plain", torch.cat(batches)), ("ours", ours)):
+        for seed in range(job["seeds"]):
+            trained = copy.deepcopy(head)
+            torch.manual_seed(seed)
+            trained[-1].reset_parameters()
+            optimizer = torch.optim.Adam(trained[-1].parameters(), lr=0.001)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
+            loaders = feature_loaders(folder, features, batch_size=job["batch_size"])
+            result = train_model(
+                trained, nn.CrossEntropyLoss(), optimizer, scheduler, loaders, job["epochs"], seed=seed
+            )
+            scores[side].append(result.best_score)
+    plain = torch.cat(batches)
+    return {**scores, "precision": precision, "feature_difference": float((ours - plain).norm() / plain.norm())}
+
+
+def forward_pass(job: dict) -> dict:
+    """Images/s of one backbone: plain float32 first (the allocator untouched), then ours; and large GEMMs."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ctutils import features, models
+
+    spec, device = models.get_spec(job["backbone"]), torch.device(job["device"])
+    torch.manual_seed(0)
+    backbone = models.split_model(bare_network(spec.name), spec.name)[0].eval().to(device)
+
+    def rate(call: Callable, count: int) -> float:
+        """Return `count` per second, the median over calls that fill the time given."""
+        times: list[float] = []
+        call()
+        while sum(times) < job["seconds"] or len(times) < 3:
+            begin = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        return count / statistics.median(times)
+
+    with torch.no_grad():
+        images = torch.randn(job["images"], 3, job["size"], job["size"], device=device)
+        with FlopCounterMode(display=False) as counter:
+            backbone(images[:1])
+        found = {"gflop": counter.get_total_flops() / 1e9, "threads": torch.get_num_threads()}
+        found["plain_float32"] = rate(lambda: backbone(images), len(images))
+        features._reuse_large_blocks()
+        images = images.contiguous(memory_format=torch.channels_last)
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+            fast, cast = features.inference_copy(backbone, name).to(device), images.to(dtype)
+            found[name] = rate(lambda fast=fast, cast=cast: fast(cast), len(images))
+            a, b = (torch.randn(job["matrix"], job["matrix"], device=device).to(dtype) for _ in "ab")
+            found[f"gemm_{name}"] = rate(lambda a=a, b=b: a @ b, 2 * job["matrix"] ** 3) / 1e9
+    found["native_bfloat16"] = features.choose_precision("auto", job["device"]) == "bfloat16"
+    return found
+
+
+def decode_slices(job: dict) -> dict:
+    """Slices/s: the store, PIL to grey in one thread, and PIL to RGB tensors as the plain loop does it."""
+    import numpy as np
+    from PIL import Image
+    from torchvision import transforms
+
+    from ctutils.data import build_store, load_folder
+
+    cache = Path(job["cache"])
+    folder = load_folder(job["data"], cache=cache)
+    files, side = [folder.root / path for path in folder.slices["path"]], (job["size"], job["size"])
+    to_tensor = transforms.Compose(
+        [transforms.Resize(side), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
+    )
+
+    def grey() -> None:
+        for file in files:
+            with Image.open(file) as image:
+                np.asarray(image.convert("L").resize(side, Image.Resampling.BILINEAR))
+
+    def colour() -> None:
+        for file in files:
+            with Image.open(file) as image:
+                to_tensor(image.convert("RGB"))
+
+    def store() -> None:
+        shutil.rmtree(cache / "store", ignore_errors=True)
+        build_store(folder, job["size"], cache=cache)
+
+    found = {"slices": len(files)}
+    for name, call in (("store", store), ("pil_grey", grey), ("pil_tensor", colour)):
+        begin, cpu = time.perf_counter(), time.process_time()
+        call()
+        found[name] = len(files) / (time.perf_counter() - begin)
+        found[f"{name}_cpu_ms"] = (time.process_time() - cpu) / len(files) * 1e3
+    return found
+
+
+JOBS = {
+    "plain": plain_loop,
+    "ours": our_way,
+    "forward": forward_pass,
+    "decode": decode_slices,
+}
+
+
+# ---------------------------------------------------------------- running jobs
+
+
+def measure(name: str, job: dict, *, python: str = sys.executable, script: str = __file__, watch: bool = False) -> dict:
+    """Run a job in a process of its own.
+
+    Args:
+        watch: look at the memory of the whole process family five times a second (it costs some time).
+    Returns:
+        cpu and wall seconds (children included), peak_mb of the largest process, family_mb if watched, and
+        what the job returned.
+    Raises:
+        SystemExit: the job failed; its last lines of output are shown.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        answer, log = Path(folder, "answer.json"), Path(folder, "log.txt")
+        command = [python, str(script), "--job", name, json.dumps(job), str(answer)]
+        environment = {**os.environ, "CT_PROGRESS": "0"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with log.open("w") as out:
+            start = time.perf_counter()
+            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
+            peak: list[float] = []
+            if watch:
+                threading.Thread(target=_watch_memory, args=(process.pid, peak), daemon=True).start()
+            _, status, usage = os.wait4(process.pid, 0)
+            wall = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"The job {name} failed:\n" + "\n".join(log.read_text().splitlines()[-15:]))
+        found = json.loads(answer.read_text())
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # ru_maxrss: bytes there, KB on Linux
+    found |= {"cpu": usage.ru_utime + usage.ru_stime, "wall": wall, "peak_mb": usage.ru_maxrss / unit}
+    return found | ({"family_mb": max(peak, default=0.0)} if watch else {})
+
+
+def _watch_memory(pid: int, peak: list[float]) -> None:
+    """Append the family's memory in MB, shared pages counted once where the system says so, until it ends."""
+    import psutil
+
+    while True:
+        try:
+            root, total = psutil.Process(pid), 0
+            for process in [root, *root.children(recursive=True)]:
+                info = process.memory_full_info()
+                total += getattr(info, "pss", info.uss)
+            peak.append(total / (1 << 20))
+        except psutil.Error:
+            if not psutil.pid_exists(pid):
+                return
+        time.sleep(0.2)
+
+
+def run_job(arguments: list[str], jobs: dict[str, Callable]) -> None:
+    """The other end of `measure`."""
+    name, job, answer = arguments
+    Path(answer).write_text(json.dumps(jobs[name](json.loads(job))))
+
+
+def middle(values: list[float]) -> float:
+    """Return the median."""
+    return statistics.median(values)
+
+
+def ratio(over: list[float], under: list[float]) -> dict[str, float]:
+    """Return the median and range of the ratios of neighbours."""
+    ratios = [a / b for a, b in zip(over, under, strict=True)]
+    return {"median": middle(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+def show_ratio(value: dict[str, float]) -> str:
+    """Return e.g. `x38.2 (35.0-41.1)`."""
+    return f"x{value['median']:.1f} ({value['low']:.1f}-{value['high']:.1f})"
+
+
+def print_table(title: str, columns: list[str], rows: list[list]) -> None:
+    """Print rows under their columns; numbers get three digits."""
+    cells = [
+        [f"{cell:.3g}" if isinstance(cell, float) and cell < 100 else _plain(cell) for cell in row] for row in rows
+    ]
+    widths = [max(len(row[k]) for row in [columns, *cells]) for k in range(len(columns))]
+    print(f"\n{title}")
+    for row in [columns, *cells]:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    sys.stdout.flush()
+
+
+def _plain(cell) -> str:
+    return f"{cell:.0f}" if isinstance(cell, float) else str(cell)
+
+
+class Bench:
+    """The settings of a run and its folders; `job` makes the arguments of a job."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.folder = options.folder / "quick" if options.quick else options.folder
+        self.kinds: dict[str, str] = {}
+
+    def data(self, train: int, val: int) -> Path:
+        """Return a synthetic data set of this size, made on first use."""
+        from ctutils.phantom import write_dataset
+
+        pixels = self.options.pixels
+        return write_dataset(self.folder / f"slices-{train}-{val}-{pixels}", train=train, val=val, size=pixels)
+
+    def standard_data(self) -> Path:
+        """Return the data set of all sections but e."""
+        return self.data(self.options.train, self.options.val)
+
+    def weights(self, name: str) -> str:
+        """Return the folder with the weights file that both sides load, made on first use."""
+        folder = self.folder / "weights"
+        note = folder / f"{name}.json"
+        if not note.exists():
+            with tempfile.TemporaryDirectory(dir=self.folder) as cache:
+                job = {"backbone": name, "choice": self.options.weights, "data": str(self.standard_data())}
+                found = make_weights({**job, "weights": str(folder), "cache": cache, "size": self.options.size})
+            note.write_text(json.dumps(found["kind"]))
+        self.kinds[name] = json.loads(note.read_text())
+        return str(folder)
+
+    def job(self, name: str, **changes) -> dict:
+        """Return the arguments of a job on one backbone."""
+        from ctutils.models import get_spec
+
+        spec, options = get_spec(name), self.options
+        return {
+            "backbone": name,
+            "backbones": [name],
+            "head": spec.head,
+            "mean": spec.mean,
+            "std": spec.std,
+            "data": str(self.standard_data()),
+            "weights": self.weights(name),
+            "size": options.size,
+            "batch_size": options.batch_size,
+            "epochs": options.epochs,
+            "device": options.device,
+            "precision": options.precision,
+            "seed": 0,
+            **changes,
+        }
+
+    def cold(self, name: str, **changes) -> dict:
+        """Measure ours with empty caches."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as cache:
+            return measure("ours", self.job(name, cache=cache, **changes))
+
+
+# ---------------------------------------------------------------- the sections
+
+
+def section_a(bench: Bench) -> dict:
+    """The deck's loop against ours, cold and warm, interleaved; then macro F1 over head seeds."""
+    options, found = bench.options, {}
+    for name in options.backbones:
+        sides: dict[str, list[dict]] = {"plain": [], "cold": [], "warm": []}
+        with tempfile.TemporaryDirectory(dir=bench.folder) as scratch:
+            for seed in range(options.repetitions):
+                cache = str(Path(scratch, str(seed)))
+                sides["plain"].append(measure("plain", bench.job(name, seed=seed)))
+                for side in ("cold", "warm"):  # warm: a second run over the caches that the first one left
+                    sides[side].append(measure("ours", bench.job(name, seed=seed, cache=cache)))
+                print(f"  {name}, repetition {seed + 1} of {options.repetitions}", flush=True)
+            scores = head_scores(bench.job(name, cache=cache, seeds=options.seeds))
+        found[name] = {
+            "weights": bench.kinds[name],
+            "runs": sides,
+            "scores": {key: scores[key] for key in ("plain", "ours", "precision", "feature_difference")},
+            "ratios": {
+                f"{side}_{clock}": ratio([r[clock] for r in sides["plain"]], [r[clock] for r in sides[side]])
+                for side in ("cold", "warm")
+                for clock in CLOCKS
+            },
+        }
+    rows = []
+    for name, result in found.items():
+        for side in ("plain", "cold", "warm"):
+            runs, ratios = result["runs"][side], result["ratios"]
+            rows.append(
+                [name, side]
+                + [middle([run[clock] for run in runs]) for clock in CLOCKS]
+                + [show_ratio(ratios[f"{side}_{clock}"]) if side != "plain" else "" for clock in CLOCKS]
+            )
+    title = (
+        f"a. End to end, {options.train} + {options.val} slices, {options.epochs} epochs, seconds and ratios (median)"
+    )
+    print_table(title, ["backbone", "side", *CLOCKS.values(), *(f"x {text}" for text in CLOCKS.values())], rows)
+    print("  work: without the start of Python and the imports, the same for both; process: with them")
+    rows = []
+    for name, result in found.items():
+        plain, ours = result["scores"]["plain"], result["scores"]["ours"]
+        loop = [run["macro_f1"] for run in result["runs"]["plain"]]
+        deviation = statistics.stdev(plain) if len(plain) > 1 else float("nan")
+        means = [statistics.mean(values) for values in (loop, plain, ours)]
+        rows.append([name, result["weights"], result["scores"]["precision"], *means, deviation])
+    columns = ["backbone", "weights", "ours in", "the loop itself", "plain features", "ours", "seed sd (plain)"]
+    print_table(f"a. Best validation macro F1, mean over {options.seeds} head seeds", columns, rows)
+    return found
+
+
+def section_six(bench: Bench) -> dict:
+    """All backbones over one store; the plain loops are those of section a where it ran, else run here."""
+    options = bench.options
+    names = options.backbones if options.quick else list(SIX)
+    slices = options.train + options.val
+    plain = {}
+    for name in names:
+        known = bench.results.get("a", {}).get(name)
+        plain[name] = known["runs"]["plain"] if known else [measure("plain", bench.job(name))]
+        print(f"  plain loop of {name}: {middle([run['wall'] for run in plain[name]]):.0f} s", flush=True)
+    ours = bench.cold(names[0], backbones=[name for name in names if bench.weights(name)])
+    total = {clock: sum(middle([run[clock] for run in runs]) for runs in plain.values()) for clock in CLOCKS}
+    more = DECK_SLICES / slices - 1  # the store, the passes and the heads grow with the slices; the rest does not
+    deck = {
+        "plain": sum(middle([run["wall"] + run["growing"] * more for run in runs]) for runs in plain.values()),
+        "ours": ours["wall"] + ours["growing"] * more,
+    }
+    found = {"backbones": names, "plain": plain, "ours": ours, "extrapolated_seconds": deck}
+    found["ratios"] = {clock: total[clock] / ours[clock] for clock in CLOCKS}
+    rows = [
+        ["plain loops", *total.values(), deck["plain"] / 60],
+        ["ours, cold", *(ours[clock] for clock in CLOCKS), deck["ours"] / 60],
+        ["ratio", *(f"x{value:.1f}" for value in found["ratios"].values()), f"x{deck['plain'] / deck['ours']:.1f}"],
+    ]
+    title = f"six. {len(names)} backbone(s) over one store, {slices} slices, {options.epochs} epochs, seconds"
+    print_table(title, ["", *CLOCKS.values(), f"minutes at {DECK_SLICES} slices (extrapolated)"], rows)
+    return found
+
+
+def section_b(bench: Bench) -> dict:
+    """Forward images/s, with the machine's peak measured right before each repetition."""
+    options, found = bench.options, {}
+    for name in options.backbones if options.quick else [*SIX, "efficientnet_lite0"]:
+        if options.chosen and name not in options.backbones:
+            continue
+        job = {"backbone": name, "device": options.device, "size": options.size, "images": 16}
+        job |= {"seconds": 0.2 if options.quick else 3.0, "matrix": 512 if options.quick else 3072}
+        runs = []
+        for _ in range(options.repetitions):
+            loop = {} if options.device != "cpu" else fma_peak(bench.folder, 0.2 if options.quick else 1.0)
+            runs.append({**measure("forward", job), **loop})
+        values = {
+            key: middle([run[key] for run in runs])
+            for key in runs[0]
+            if isinstance(runs[0][key], float) and all(key in run for run in runs)
+        }
+        # A GEMM on matrix units (AMX, tensor cores) passes the SIMD loop; the denominator is the larger of both.
+        shares = {}
+        for precision in ("float32", "bfloat16"):
+            gemm, loop = values[f"gemm_{precision}"], values.get(f"loop_{precision}", 0.0)
+            shares[precision] = {
+                "peak_gflops": max(gemm, loop),
+                "peak_is": "C loop" if loop > gemm else "torch matmul",
+                "share": values[precision] * values["gflop"] / max(gemm, loop),
+                "share_of_simd_loop": values[precision] * values["gflop"] / loop if loop else None,
+                "against_plain": ratio([run[precision] for run in runs], [run["plain_float32"] for run in runs]),
+            }
+        found[name] = {"runs": runs, "median": values, "shares": shares}
+    rows = [
+        [name, result["median"]["gflop"], result["median"]["plain_float32"]]
+        + [
+            text
+            for precision in ("float32", "bfloat16")
+            for share in [result["shares"][precision]]
+            for text in (
+                result["median"][precision],
+                show_ratio(share["against_plain"]),
+                f"{share['share']:.0%}",
+                "-" if share["share_of_simd_loop"] is None else f"{share['share_of_simd_loop']:.0%}",
+            )
+        ]
+        for name, result in found.items()
+    ]
+    one = next(iter(found.values()))
+    fast = ["against plain", "of peak", "of SIMD loop"]
+    columns = ["backbone", "GFLOP/image", "plain float32", "ours float32", *fast, "ours bfloat16", *fast]
+    print_table(f"b. Forward, images/s, batch 16, {one['runs'][0]['threads']} thread(s)", columns, rows)
+    for precision in ("float32", "bfloat16"):
+        share, values = one["shares"][precision], one["median"]
+        loop = values.get(f"loop_{precision}")
+        print(
+            f"  {precision} peak: {share['peak_gflops']:.0f} GFLOP/s from the {share['peak_is']}"
+            f" (large matmul {values[f'gemm_{precision}']:.0f}, C loop {f'{loop:.0f}' if loop else 'not available'})"
+        )
+    if not one["runs"][0]["native_bfloat16"]:
+        print("  This processor does not multiply bfloat16 natively; `auto` takes float32 here.")
+    return found
+
+
+def section_c(bench: Bench) -> dict:
+    """Decode every slice: the store with all cores against one PIL thread."""
+    job = {"data": str(bench.standard_data()), "size": bench.options.size}
+    runs = []
+    for _ in range(bench.options.repetitions):
+        with tempfile.TemporaryDirectory(dir=bench.folder) as cache:
+            runs.append(measure("decode", {**job, "cache": cache}))
+    found = {"runs": runs}
+    rows = []
+    for name, text in (("store", "store"), ("pil_grey", "PIL, grey"), ("pil_tensor", "PIL, RGB tensors (the loop's)")):
+        against = ratio([run["store"] for run in runs], [run[name] for run in runs])
+        found[name] = {"slices_per_second": middle([run[name] for run in runs]), "store_against_it": against}
+        cpu = middle([run[f"{name}_cpu_ms"] for run in runs])
+        rows.append([text, found[name]["slices_per_second"], cpu, show_ratio(against) if name != "store" else ""])
+    title = f"c. Decoding {runs[0]['slices']} slices of {bench.options.pixels} pixels, {os.cpu_count()} cores"
+    print_table(title, ["", "slices/s", "CPU ms a slice", "the store is faster by"], rows)
+    return found
+
+
+def section_e(bench: Bench) -> dict:
+    """Ours with cold caches over epochs and over slices."""
+    options = bench.options
+    name, slices = options.backbones[0], options.train + options.val
+    epochs, times = ((1, options.epochs), (1, 2)) if options.quick else ((1, 10, 50), (1, 2, 4, 8))
+    corners = dict.fromkeys([(count, 1) for count in epochs] + [(options.epochs, k) for k in times])
+    runs: dict[tuple, list[dict]] = {corner: [] for corner in corners}
+    for _ in range(options.repetitions):
+        for count, k in runs:
+            data = bench.data(options.train * k, options.val * k)
+            runs[count, k].append(bench.cold(name, epochs=count, data=str(data)))
+    by_epochs = {count: runs[count, 1] for count in epochs}
+    by_slices = {slices * k: runs[options.epochs, k] for k in times}
+    found = {"backbone": name, "epochs": by_epochs, "slices": by_slices}
+    for what, one in (("epochs", by_epochs), ("slices", by_slices)):
+        cost = {count: middle([run["work_cpu"] for run in some]) for count, some in one.items()}
+        few, many = min(one), max(one)
+        found[f"ms_per_more_{what}"] = (cost[many] - cost[few]) / (many - few) * 1e3
+        rows = [[count, cost[count], middle([run["work_wall"] for run in one[count]])] for count in one]
+        print_table(f"e. Growth of ours with {what}, {name}, cold", [what, "CPU s", "wall s"], rows)
+        print(f"  one more of the {what} costs {found[f'ms_per_more_{what}']:.1f} ms of CPU")
+    return found
+
+
+def section_f(bench: Bench) -> dict:
+    """Peak memory of both sides, apart from the timed runs because looking costs time."""
+    found = {}
+    for name in bench.options.backbones:
+        found[name] = {"plain": measure("plain", bench.job(name, epochs=1), watch=True)}
+        with tempfile.TemporaryDirectory(dir=bench.folder) as cache:
+            found[name]["ours, cold"] = measure("ours", bench.job(name, cache=cache), watch=True)
+    rows = [
+        [name, side, run["peak_mb"], run["family_mb"]] for name, result in found.items() for side, run in result.items()
+    ]
+    print_table("f. Peak memory, MB", ["backbone", "side", "largest process", "whole family"], rows)
+    return found
+
+
+# ---------------------------------------------------------------- the machine
+
+FMA_LOOP = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include <time.h>
+#if defined(__AVX512F__)
+#define BYTES 64
+#elif defined(__AVX__)
+#define BYTES 32
+#else
+#define BYTES 16
+#endif
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+typedef float vec __attribute__((vector_size(BYTES)));
+static double now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec + t.tv_nsec * 1e-9; }
+int main(int argc, char **argv) {
+    double seconds = atof(argv[1]), start, flop;
+    vec s[10], a, b; float sum = 0;  /* ten chains hide the latency and fit sixteen registers */
+    for (int k = 0; k < 10; k++) s[k] = (vec){0} + (float)k;
+    a = (vec){0} + (0.999f + argc * 1e-9f); b = (vec){0} + 0.001f;
+    flop = 0; start = now();
+    while (now() - start < seconds) {
+        for (int i = 0; i < 1000000; i++) {
+            s[0] = s[0] * a + b; s[1] = s[1] * a + b; s[2] = s[2] * a + b; s[3] = s[3] * a + b; s[4] = s[4] * a + b;
+            s[5] = s[5] * a + b; s[6] = s[6] * a + b; s[7] = s[7] * a + b; s[8] = s[8] * a + b; s[9] = s[9] * a + b;
+        }
+        flop += 1e6 * 10 * 2 * (BYTES / 4);
+    }
+    printf("%g", flop / (now() - start) / 1e9);
+    for (int k = 0; k < 10; k++) sum += s[k][0];
+#ifdef __AVX512BF16__
+    __m512 t[10]; __m512bh c = (__m512bh)_mm512_set1_epi32(0x3f803f80 + argc), d = (__m512bh)_mm512_set1_epi32(argc);
+    for (int k = 0; k < 10; k++) t[k] = _mm512_set1_ps(k);
+    flop = 0; start = now();
+    while (now() - start < seconds) {
+        for (int i = 0; i < 1000000; i++) {
+            t[0] = _mm512_dpbf16_ps(t[0], c, d); t[1] = _mm512_dpbf16_ps(t[1], c, d);
+            t[2] = _mm512_dpbf16_ps(t[2], c, d); t[3] = _mm512_dpbf16_ps(t[3], c, d);
+            t[4] = _mm512_dpbf16_ps(t[4], c, d); t[5] = _mm512_dpbf16_ps(t[5], c, d);
+            t[6] = _mm512_dpbf16_ps(t[6], c, d); t[7] = _mm512_dpbf16_ps(t[7], c, d);
+            t[8] = _mm512_dpbf16_ps(t[8], c, d); t[9] = _mm512_dpbf16_ps(t[9], c, d);
+        }
+        flop += 1e6 * 10 * 2 * 32;
+    }
+    printf(" %g", flop / (now() - start) / 1e9);
+    for (int k = 0; k < 10; k++) sum += _mm512_reduce_add_ps(t[k]);
+#endif
+    return sum == 12345.678f;  /* so that nothing is optimised away */
+}
+"""
+
+
+def fma_peak(folder: Path, seconds: float) -> dict[str, float]:
+    """Return GFLOP/s of a loop of fused multiply-adds, all cores at once; {} without a C compiler."""
+    program, source = folder / "fma_loop", folder / "fma_loop.c"
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return {}
+    if not program.exists():
+        source.write_text(FMA_LOOP)
+        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-o", str(program)]
+        if subprocess.run([compiler, *flags, str(source)], capture_output=True).returncode:
+            return {}
+    import torch
+
+    command = [str(program), str(seconds)]
+    copies = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(torch.get_num_threads())]
+    rates = [[float(rate) for rate in copy_.communicate()[0].split()] for copy_ in copies]
+    return dict(zip(("loop_float32", "loop_bfloat16"), (sum(rate) for rate in zip(*rates, strict=True)), strict=False))
+
+
+def describe_machine() -> dict:
+    """Return what a reader needs to judge the figures."""
+    import torch
+
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the options; `--quick` makes everything tiny unless said otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections (default: all)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all of it works")
+    parser.add_argument("--backbones", nargs="+", help="default: mobilenet_v3_large resnet50; b: all seven")
+    parser.add_argument("--repetitions", type=int, help="default 5")
+    parser.add_argument("--seeds", type=int, help="head seeds of the macro F1 comparison (default 8)")
+    parser.add_argument("--train", type=int, help="training slices (default 200)")
+    parser.add_argument("--val", type=int, help="validation slices (default 50)")
+    parser.add_argument("--pixels", type=int, help="side of a slice (default 512)")
+    parser.add_argument("--size", type=int, help="side at the network's input (default 224)")
+    parser.add_argument("--epochs", type=int, help="default 10")
+    parser.add_argument("--batch-size", type=int, default=32, help="of training (default 32)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--precision", default="auto", help="auto (default), float32 or bfloat16")
+    parser.add_argument("--weights", default="auto", help="auto (ImageNet if it can be had) or random")
+    parser.add_argument("--folder", type=Path, default=ROOT / "data" / "bench", help="where everything is kept")
+    options = parser.parse_args(arguments)
+    options.chosen = bool(options.backbones)
+    quick = {"repetitions": 1, "seeds": 2, "train": 16, "val": 16, "pixels": 128, "size": 64, "epochs": 2}
+    usual = {"repetitions": 5, "seeds": 8, "train": 200, "val": 50, "pixels": 512, "size": 224, "epochs": 10}
+    for name, value in (quick if options.quick else usual).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    options.backbones = options.backbones or ["mobilenet_v3_large", "resnet50"][: 1 if options.quick else 2]
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the sections and write bench.json after each of them."""
+    options = parse(arguments)
+    bench = Bench(options)
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    machine = describe_machine()
+    print(" | ".join(f"{key} {value}" for key, value in machine.items() if value is not None))
+    if machine["load_average"] > 0.5:
+        print("Other work shares this machine: trust CPU ratios more than wall ratios, and neither to the last digit.")
+    os.environ["CT_PROGRESS"] = "0"
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    bench.results = {"machine": machine, "settings": settings}
+    start = time.perf_counter()
+    for section in SECTIONS:
+        if section in options.only:
+            bench.results[section] = globals()[f"section_{section}"](bench)
+            (bench.folder / "bench.json").write_text(json.dumps(bench.results, indent=1) + "\n")
+    print(f"\nWrote {bench.folder / 'bench.json'} after {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--job"]:
+        run_job(sys.argv[2:], JOBS)
+    else:
+        sys.exit(main())

@@ -1,0 +1,231 @@
+"""metrics: held against scikit-learn, against hand-made cases, and against a simulation with known truth."""
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from ctutils import metrics
+from ctutils.base import CTError
+
+
+def make_case(n=300, num_classes=5, sharpness=1.5, seed=0):
+    rng = np.random.default_rng(seed)
+    y_true = rng.integers(0, num_classes, n)
+    logits = rng.standard_normal((n, num_classes))
+    logits[np.arange(n), y_true] += sharpness
+    return y_true, np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True), logits
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_same_as_sklearn(seed):
+    rng = np.random.default_rng(seed)
+    y_true, y_pred = rng.integers(0, 4, 60), rng.integers(1, 6, 60)  # class 6 is in neither
+    expected = sk.f1_score(y_true, y_pred, average="macro", labels=range(7), zero_division=0)
+    assert metrics.macro_f1(y_true, y_pred, 7) == pytest.approx(expected, abs=1e-12)
+    assert metrics.accuracy(y_true, y_pred) == sk.accuracy_score(y_true, y_pred)
+    np.testing.assert_array_equal(
+        metrics.confusion(y_true, y_pred, 7), sk.confusion_matrix(y_true, y_pred, labels=range(7))
+    )
+
+
+def test_macro_f1_is_not_the_decks_formula():
+    y_true, y_pred = [0, 0, 0, 1], [0, 0, 1, 1]  # F1 0.8 and 2/3; mean precision would be 0.75
+    assert metrics.macro_f1(y_true, y_pred, 2) == pytest.approx((0.8 + 2 / 3) / 2)
+
+
+def test_per_class_same_as_sklearn():
+    y_true, y_score, _ = make_case()
+    table = metrics.per_class(y_true, y_score, list("abcde"))
+    precision, recall, f1, support = sk.precision_recall_fscore_support(y_true, y_score.argmax(axis=1))
+    np.testing.assert_allclose(table[["precision", "recall", "f1", "support"]].T, [precision, recall, f1, support])
+    for k, name in enumerate("abcde"):
+        assert table.loc[name, "auc"] == pytest.approx(sk.roc_auc_score(y_true == k, y_score[:, k]))
+        expected = sk.average_precision_score(y_true == k, y_score[:, k])
+        assert table.loc[name, "average_precision"] == pytest.approx(expected)
+
+
+def test_per_class_without_slices_of_a_class():
+    table = metrics.per_class([0, 0, 1], [[0.9, 0.1, 0], [0.8, 0.2, 0], [0.1, 0.9, 0]], ["a", "b", "c"])
+    assert table.loc["c", "support"] == 0 and table.loc["c", "f1"] == 0
+    assert np.isnan(table.loc["c", "auc"]) and np.isnan(table.loc["c", "average_precision"])
+    assert table.loc["a", "auc"] == 1.0
+
+
+# ---------------------------------------------------------------- intervals
+
+
+def test_interval_is_repeatable_and_holds_its_value():
+    y_true, y_score, _ = make_case()
+    first = metrics.bootstrap_interval(y_true, y_score)
+    assert first == metrics.bootstrap_interval(y_true, y_score.argmax(axis=1), num_classes=5)
+    assert first != metrics.bootstrap_interval(y_true, y_score, seed=1)
+    assert first.value == metrics.macro_f1(y_true, y_score.argmax(axis=1), 5)
+    assert 0 < first.low < first.value < first.high < 1
+    wide = metrics.bootstrap_interval(y_true, y_score, level=0.99)
+    assert wide.low < first.low and first.high < wide.high
+
+
+def test_interval_of_accuracy_is_near_the_textbook():
+    y_true = np.zeros(400, int)
+    y_true[:200] = 1
+    y_pred = y_true.copy()
+    y_pred[::5] ^= 1  # 20 % wrong in both classes
+    _, low, high = metrics.bootstrap_interval(y_true, y_pred, metric="accuracy", n=20_000)
+    half = 1.96 * np.sqrt(0.8 * 0.2 / 400)
+    assert (low, high) == pytest.approx((0.8 - half, 0.8 + half), abs=0.005)
+
+
+def test_interval_without_an_error_is_not_a_point():
+    y_true = np.repeat([0, 1], 50)
+    value, low, high = metrics.bootstrap_interval(y_true, y_true)
+    assert value == high == 1.0
+    assert 0.95 < low < 0.98  # "rule of three": about 3 wrong of 100 could still be there
+
+
+def test_interval_at_the_decks_size():
+    """Peers' simulation: about +-0.015 around 0.93 with 1000 slices."""
+    rng = np.random.default_rng(0)
+    y_true = np.repeat(range(5), [125, 125, 500, 125, 125])
+    wrong = rng.random(1000) < 0.055
+    y_pred = np.where(wrong, (y_true + rng.integers(1, 5, 1000)) % 5, y_true)
+    value, low, high = metrics.bootstrap_interval(y_true, y_pred)
+    assert 0.9 < value < 0.96 and 0.012 < (high - low) / 2 < 0.025
+
+
+def test_draws_keep_the_slices_of_each_class():
+    y_true, y_score, _ = make_case()
+    y_pred = y_score.argmax(axis=1)
+    draws = metrics._draw_confusions(y_true, [y_pred], 6, 500, np.random.default_rng(0))[0]
+    np.testing.assert_allclose(draws.sum(axis=2), np.tile(np.bincount(y_true, minlength=6), (500, 1)))
+    np.testing.assert_allclose(draws.mean(axis=0), metrics.confusion(y_true, y_pred, 6), atol=1.0)
+
+
+def test_interval_with_absent_and_tiny_classes():
+    value, low, high = metrics.bootstrap_interval([0, 0, 0, 2], [0, 0, 2, 2], num_classes=4)
+    assert 0 <= low <= value <= high <= 0.5 + 1e-9  # two of four classes count as 0
+    assert np.isfinite(metrics.bootstrap_interval([0], [0])).all()
+
+
+def test_coverage_on_known_truth():
+    """A short form of tests/bench/interval_coverage.py; the plain bootstrap covers only about 85 % here."""
+    counts, right = np.array([25, 25, 100, 25, 25]), 0.99
+    shares = np.full((5, 5), (1 - right) / 4) + np.eye(5) * (right - (1 - right) / 4)
+    truth = float(metrics._macro_f1(shares * counts[:, None]))
+    rng, covered, repetitions = np.random.default_rng(0), 0, 300
+    y_true = np.repeat(range(5), counts)
+    for repetition in range(repetitions):
+        y_pred = np.concatenate([rng.choice(5, n, p=row) for n, row in zip(counts, shares, strict=True)])
+        _, low, high = metrics.bootstrap_interval(y_true, y_pred, n=400, seed=repetition)
+        covered += low <= truth <= high
+    assert 0.92 <= covered / repetitions <= 1.0
+
+
+def test_paired_difference():
+    y_true, y_score, _ = make_case(400)
+    better = 0.5 * y_score + 0.5 * np.eye(5)[y_true] * (np.arange(400) % 2)[:, None]
+    result = metrics.paired_difference(y_true, better, y_score)
+    assert 0 < result.low < result.difference < result.high and result.verdict == "A is higher"
+    back = metrics.paired_difference(y_true, y_score, better, names=("old", "new"))
+    assert back.difference == pytest.approx(-result.difference) and back.verdict == "new is higher"
+    same = metrics.paired_difference(y_true, y_score, y_score)
+    assert same.difference == 0 and -0.02 < same.low < 0 < same.high < 0.02  # never quite sure of a tie
+    assert same.verdict == "not distinguishable on these slices"
+
+
+def test_paired_is_sharper_than_two_intervals():
+    y_true, y_score, _ = make_case(400)
+    y_pred = y_score.argmax(axis=1)
+    other = y_pred.copy()
+    mended = np.nonzero(y_pred != y_true)[0][:12]
+    other[mended] = y_true[mended]
+    one, two = metrics.bootstrap_interval(y_true, y_pred), metrics.bootstrap_interval(y_true, other)
+    assert two.low < one.high  # the intervals overlap widely
+    assert metrics.paired_difference(y_true, other, y_pred).verdict == "A is higher"
+
+
+def test_false_alarms_are_rare():
+    rng, alarms, repetitions = np.random.default_rng(1), 0, 300
+    y_true = np.repeat(range(5), [25, 25, 100, 25, 25])
+    for repetition in range(repetitions):
+        a, b = (np.where(rng.random(200) < 0.15, (y_true + rng.integers(1, 5, 200)) % 5, y_true) for _ in range(2))
+        result = metrics.paired_difference(y_true, a, b, n=400, seed=repetition)
+        alarms += result.verdict != "not distinguishable on these slices"
+    assert 0.01 <= alarms / repetitions <= 0.09
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def test_reliability_by_hand():
+    y_true, y_score = [0, 0, 1, 1], [[0.95, 0.05], [0.95, 0.05], [0.95, 0.05], [0.0, 1.0]]
+    table = metrics.reliability(y_true, y_score, bins=10)
+    assert table["count"].tolist() == [0] * 9 + [4]
+    assert table["confidence"].iloc[9] == pytest.approx(0.9625) and table["accuracy"].iloc[9] == 0.75
+    assert np.isnan(table["accuracy"].iloc[0])
+    assert metrics.expected_calibration_error(y_true, y_score, bins=10) == pytest.approx(0.2125)
+
+
+def test_temperature_mends_a_model_that_is_too_sure():
+    rng = np.random.default_rng(0)
+    _, _, logits = make_case(4000)
+    honest = metrics.apply_temperature(logits, 1.0)
+    y_true = (honest.cumsum(axis=1) > rng.random((4000, 1))).argmax(axis=1)  # labels drawn from `honest`
+    assert metrics.fit_temperature(y_true, logits) == pytest.approx(1, abs=0.08)
+    temperature = metrics.fit_temperature(y_true, 3 * logits)
+    assert temperature == pytest.approx(3, abs=0.25)
+    sure = metrics.apply_temperature(3 * logits, 1.0)
+    assert metrics.fit_temperature(y_true, np.log(sure)) == pytest.approx(temperature, abs=1e-3)  # log-prob too
+    mended = metrics.apply_temperature(3 * logits, temperature)
+    np.testing.assert_allclose(mended.sum(axis=1), 1)
+    np.testing.assert_array_equal(mended.argmax(axis=1), sure.argmax(axis=1))
+    before, after = (metrics.expected_calibration_error(y_true, score) for score in (sure, mended))
+    assert after < 0.03 < before
+
+
+def test_temperature_takes_log_of_zero():
+    with np.errstate(divide="ignore"):
+        log_prob = np.log([[1.0, 0.0], [0.6, 0.4], [0.0, 1.0]])
+    assert 0.05 <= metrics.fit_temperature([0, 1, 1], log_prob) <= 20
+    assert np.isfinite(metrics.apply_temperature(log_prob, 2.0)).all()
+
+
+# ---------------------------------------------------------------- errors
+
+GOOD = np.array([[0.7, 0.3], [0.2, 0.8]])
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: metrics.macro_f1([], [], 2), "empty"),
+        (lambda: metrics.macro_f1([0, 1], [0], 2), "2 true labels and 1"),
+        (lambda: metrics.macro_f1([0, 5], [0, 1], 2), "labels 0 to 5 in y_true"),
+        (lambda: metrics.macro_f1([0, 1], [0, -1], 2), "labels -1 to 0 in y_pred"),
+        (lambda: metrics.macro_f1([0, np.nan], [0, 1], 2), "whole numbers"),
+        (lambda: metrics.macro_f1(["a"], [0], 2), "whole numbers"),
+        (lambda: metrics.macro_f1([[0, 1]], [0, 1], 2), r"shape \(1, 2\)"),
+        (lambda: metrics.accuracy([0, 1], [0]), "2 true labels and 1"),
+        (lambda: metrics.per_class([0, 1], GOOD, ["a", "b", "c"]), "3 class names"),
+        (lambda: metrics.per_class([0, 1], [0.1, 0.9], ["a", "b"]), r"scores of shape \(2,\)"),
+        (lambda: metrics.per_class([0, 2], GOOD, ["a", "b"]), "labels 0 to 2"),
+        (lambda: metrics.per_class([0, 1], GOOD * np.nan, ["a", "b"]), "NaN or infinity in the scores"),
+        (lambda: metrics.per_class([0], GOOD, ["a", "b"]), "1 true labels and 2"),
+        (lambda: metrics.bootstrap_interval([], []), "empty"),
+        (lambda: metrics.bootstrap_interval([0, 1], GOOD, metric="f2"), "the metric 'f2'"),
+        (lambda: metrics.bootstrap_interval([0, 1], GOOD, n=5), "5 draws"),
+        (lambda: metrics.bootstrap_interval([0, 1], GOOD, level=95), "the level 95"),
+        (lambda: metrics.bootstrap_interval([0, 1], GOOD, num_classes=3), "classes"),
+        (lambda: metrics.paired_difference([0, 1], GOOD, np.ones((2, 3))), "classes"),
+        (lambda: metrics.paired_difference([0, 1], GOOD, GOOD[:1]), "2 true labels and 1"),
+        (lambda: metrics.reliability([0, 1], GOOD * 3), "no probabilities"),
+        (lambda: metrics.reliability([0, 1], GOOD, bins=0), "0 bins"),
+        (lambda: metrics.expected_calibration_error([0, 1], [[-1, 2], [0, 1]]), "no probabilities"),
+        (lambda: metrics.fit_temperature([0, 1], [[np.nan, 0], [0, 1]]), "NaN"),
+        (lambda: metrics.fit_temperature([], np.empty((0, 2))), "empty"),
+        (lambda: metrics.apply_temperature(GOOD, 0), "the temperature 0"),
+        (lambda: metrics.apply_temperature(GOOD[0], 1), r"scores of shape \(2,\)"),
+    ],
+)
+def test_errors_say_what_was_found(call, text):
+    with pytest.raises(CTError, match=text):
+        call()
