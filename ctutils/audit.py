@@ -136,7 +136,7 @@ def _thumbnail(image: Image.Image, size: int, box: Sequence[float] | None = None
 
 def _is_colour(image: Image.Image) -> bool:
     channels = np.asarray(image.convert("RGB").reduce(max(1, min(image.size) // 64))).astype(np.int16)
-    return bool(np.ptp(channels, axis=-1).max() > 24)  # JPEG bends equal channels by a few levels
+    return bool(np.ptp(channels, axis=-1).max() > 16)  # JPEG bends equal channels by a few levels
 
 
 def find_body(image: Image.Image) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -308,9 +308,7 @@ def shortcut_probes(
     parts = _grouped_folds(labels[rows], groups[rows], min(folds, smallest), seed)
     models = (
         make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=300)),
-        RandomForestClassifier(
-            60, min_samples_leaf=2, max_features="sqrt", class_weight="balanced", n_jobs=-1, random_state=seed
-        ),
+        RandomForestClassifier(50, min_samples_leaf=2, class_weight="balanced", random_state=seed),
     )
     result = []
     for name, values in decoded.features.items():
@@ -319,10 +317,7 @@ def shortcut_probes(
         x = x[:, np.ptp(x, axis=0) > 0]
         best = (0.0, np.zeros_like(y))
         for model in models if x.shape[1] else ():
-            guess = np.zeros_like(y)
-            for part in np.unique(parts):
-                inside = parts != part
-                guess[~inside] = model.fit(x[inside], y[inside]).predict(x[~inside])
+            guess = _cross_predict(model, x, y, parts)
             best = max(best, (macro_f1(y, guess, classes), guess), key=lambda pair: pair[0])
         score = bootstrap_interval(y, best[1], num_classes=classes, seed=seed)
         alone = [
@@ -336,6 +331,25 @@ def shortcut_probes(
         verdict = (threshold, decoded.folder.classes[top], alone[top], flagged)
         result.append((name, *score, chance, *verdict, len(y)))
     return pd.DataFrame(result, columns=columns)
+
+
+def _cross_predict(model, x: np.ndarray, y: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """Return a prediction for every slice, by the model fitted on the folds that it is not in."""
+    import warnings
+
+    from sklearn.base import clone
+
+    guess = np.full_like(y, np.bincount(y).argmax())
+
+    def predict(part: int) -> None:
+        inside = parts != part
+        if len(np.unique(y[inside])) > 1:
+            guess[~inside] = clone(model).fit(x[inside], y[inside]).predict(x[~inside])
+
+    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("ignore", UserWarning)  # slow convergence: good enough for a probe
+        list(pool.map(predict, np.unique(parts)))
+    return guess
 
 
 def _grouped_folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> np.ndarray:
@@ -387,7 +401,8 @@ def near_duplicates(decoded: Decoded, patients: np.ndarray | None = None) -> pd.
         patients: names (N,), "" where unknown.
     Returns:
         one row a pair: path_a, path_b, split_a, split_b, class_a, class_b, correlation, detail, same_patient,
-        aligned, best first. Of exact copies in one split and class only the first is listed.
+        aligned, best first. Of exact copies in one split and class only the first is listed; a slice with very
+        many twins is listed with its best 50.
     Source: notebook 01.
     """
     table = decoded.table
@@ -456,13 +471,16 @@ def _candidates(body: np.ndarray, lungs: np.ndarray) -> tuple[np.ndarray, np.nda
             rows = np.arange(len(products))
             products[rows, start + rows] = -1
             if left is upright:
-                a, b = np.nonzero(products > MIN_CORRELATION)
-                alike.append(np.stack([a + start, b], axis=1)[a + start < b])
+                # The best 50 of a slice at most, or a folder of nearly equal pictures would fill the memory.
+                last = max(0, products.shape[1] - 50)
+                floor = np.partition(products, last, axis=1)[:, last, None]
+                a, b = np.nonzero((products > MIN_CORRELATION) & (products >= floor))
+                alike.append(np.sort(np.stack([a + start, b], axis=1), axis=1))
             b = np.argpartition(-products, partners - 1, axis=1)[:, :partners].ravel()
             a = np.repeat(rows, partners)
             good = products[a, b] > least
             similar.append(np.stack([a + start, b, np.full(len(a), flip)], axis=1)[good])
-    return np.concatenate(alike), np.concatenate(similar)
+    return np.unique(np.concatenate(alike), axis=0), np.concatenate(similar)
 
 
 def _confirm(body: np.ndarray, alike: np.ndarray, similar: np.ndarray) -> pd.DataFrame:
@@ -728,13 +746,19 @@ def _findings(rows: list[tuple]) -> pd.DataFrame:
     return table.iloc[np.argsort(rank, kind="stable")].reset_index(drop=True)
 
 
+def _several(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _odd_files(folder: SliceFolder, slices: pd.DataFrame) -> list[tuple]:
     facts = folder.slices
     bad = slices[slices["problem"] != ""]
     found: list[tuple] = []
     if len(bad):
         examples = [f"{path} ({problem})" for path, problem in zip(bad["path"], bad["problem"], strict=True)]
-        found.append(("error", "unreadable files", f"{len(bad)} files cannot be decoded", len(bad), examples))
+        found.append(
+            ("error", "unreadable files", f"{_several(len(bad), 'file')} cannot be decoded", len(bad), examples)
+        )
     counts = slices["class"].value_counts()
     found.append(
         (
@@ -748,22 +772,24 @@ def _odd_files(folder: SliceFolder, slices: pd.DataFrame) -> list[tuple]:
     )
     if not (slices["split"] == "test").any():
         found.append(("info", "counts", "no test split: half of val will report, the other half choose", 0, []))
-    for column, words in (("colour", "have colour, which no CT slice has"), ("blank", "show one grey level only")):
+    for column, words in (("colour", "with colour, which no CT slice has"), ("blank", "of one grey level")):
         rows = slices[slices[column]]
         if len(rows):
-            found.append(("warning", f"{column} pictures", f"{len(rows)} slices {words}", len(rows), rows["path"]))
+            found.append(
+                ("warning", f"{column} pictures", f"{_several(len(rows), 'slice')} {words}", len(rows), rows["path"])
+            )
     readable = facts[(slices["problem"] == "").to_numpy()]
     sizes = readable["width"].astype(str) + " x " + readable["height"].astype(str)
     for name, values in (("picture size", sizes), ("picture mode", readable["mode"])):
         kinds = values.value_counts()
         if len(kinds) > 1:
             rows = readable["path"][values != kinds.index[0]]
-            message = f"{len(kinds)} kinds; {len(rows)} slices are not {kinds.index[0]}"
+            message = f"{len(kinds)} kinds; {_several(len(rows), 'slice')} other than {kinds.index[0]}"
             found.append(("info", name, message, len(rows), rows))
     other = _other_files(folder)
     if other:
         found.append(
-            ("info", "other files", f"{len(other)} files in the split folders are not used", len(other), other)
+            ("info", "other files", f"{_several(len(other), 'file')} in the split folders not used", len(other), other)
         )
     return found
 
@@ -810,11 +836,11 @@ def _exact_findings(slices: pd.DataFrame, exact: pd.DataFrame, leaks: pd.DataFra
     by_group = exact.groupby("group")
     mixed = exact[by_group["class"].transform("nunique") > 1]
     if len(mixed):
-        message = f"{mixed['group'].nunique()} pictures stand under two classes or more ({len(mixed)} files)"
+        message = f"{_several(mixed['group'].nunique(), 'picture')} under two classes or more ({len(mixed)} files)"
         found.append(("error", "exact copies across classes", message, len(mixed), mixed["path"]))
     extra = exact[exact.duplicated(["group", "split"])]
     if len(extra):
-        message = f"{len(extra)} slices are an exact copy of another in the same split"
+        message = f"{_several(len(extra), 'slice')} beside an exact copy in the same split"
         found.append(("warning", "exact copies within a split", message, len(extra), extra["path"]))
     return found
 
@@ -833,29 +859,29 @@ def _near_findings(near: pd.DataFrame, leaks: pd.DataFrame) -> list[tuple]:
     mixed = near["class_a"] != near["class_b"]
     within = (near["split_a"] == near["split_b"]) & ~mixed
     kinds = (
-        ("error", "near twins across classes", mixed & ~near["same_patient"], "pairs have different classes"),
+        ("error", "near twins across classes", mixed & ~near["same_patient"], " of different classes"),
         (
             "warning",
             "near twins across classes",
             mixed & near["same_patient"],
-            "pairs of one patient have different classes",
+            " of one patient, of different classes",
         ),
         (
             "warning",
             "near twins within a split",
             within & ~near["same_patient"],
-            "pairs: copies, or neighbouring slices of a patient",
+            ": copies, or neighbouring slices of a patient",
         ),
         (
             "info",
             "near twins within a split",
             within & near["same_patient"],
-            "pairs are neighbouring slices of one patient",
+            " of one patient: neighbouring slices",
         ),
     )
     for severity, check, rows, words in kinds:
         if rows.any():
-            found.append((severity, check, f"{rows.sum()} {words}", int(rows.sum()), show[rows]))
+            found.append((severity, check, _several(int(rows.sum()), "pair") + words, int(rows.sum()), show[rows]))
     return found
 
 
@@ -870,7 +896,7 @@ def _patient_findings(slices: pd.DataFrame) -> list[tuple]:
         mixed = known[by_patient[column].transform("nunique") > 1]
         if len(mixed):
             names = mixed["patient"].nunique()
-            message = f"{names} patients are in two {words} or more ({len(mixed)} slices)"
+            message = f"{_several(names, 'patient')} in two {words} or more ({len(mixed)} slices)"
             found.append(
                 (
                     severity,
@@ -881,10 +907,26 @@ def _patient_findings(slices: pd.DataFrame) -> list[tuple]:
                 )
             )
     if not found:
-        found.append(("info", "patients", f"{known['patient'].nunique()} patients, each in one split and class", 0, []))
+        found.append(
+            (
+                "info",
+                "patients",
+                f"{_several(known['patient'].nunique(), 'patient')}, each in one split and class",
+                0,
+                [],
+            )
+        )
     if len(known) < len(slices):
         rows = slices[slices["patient"] == ""]
-        found.append(("info", "patients", f"{len(rows)} slices have no patient in the table", len(rows), rows["path"]))
+        found.append(
+            (
+                "info",
+                "patients",
+                f"{_several(len(rows), 'slice')} without a patient in the table",
+                len(rows),
+                rows["path"],
+            )
+        )
     return found
 
 

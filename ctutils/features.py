@@ -1,11 +1,8 @@
 """One pass of a frozen backbone over the decoded slices, cached on disk: the fast way to train a head."""
 
 import copy
-import ctypes
-import functools
 import hashlib
 import json
-import platform
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ctutils.base import CTError, atomic_path, progress
+from ctutils.base import CTError, atomic_path, progress, reuse_large_blocks
 from ctutils.data import normalise
 from ctutils.models import BatchNorm, state_sha256
 
@@ -117,7 +114,7 @@ def extract_features(
     """
     precision = choose_precision(precision, device)
     batch_size = batch_size or (256 if device.startswith("cuda") else 16)
-    _reuse_large_blocks()
+    reuse_large_blocks()
     fast = inference_copy(backbone, precision).to(device)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     # Every grey value's normalised (R, G, B), looked up picture by picture: equal to the bit, and channels-last.
@@ -188,21 +185,3 @@ def cached_features(
     with atomic_path(path) as temporary:  # safetensors' own writer does not tell a full disk from other errors
         temporary.write_bytes(save(content, {"key": json.dumps(key)}))
     return features, seconds
-
-
-@functools.cache
-def _reuse_large_blocks() -> None:
-    """Ask glibc to keep large freed blocks instead of giving each back to the system.
-
-    Otherwise every activation of every batch is mapped afresh, and its page faults cost up to half the time.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
-    if not mallopt(mmap_threshold, 1 << 30):  # an older glibc refuses more than 32 MB
-        mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 1 << 30)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ctutils.base import CTError, atomic_path, file_sha256, progress
+from ctutils.base import CTError, atomic_path, file_sha256, progress, reuse_large_blocks
 
 log = logging.getLogger(__name__)
 
@@ -613,6 +613,7 @@ def adapt_batchnorm(module: nn.Module, loader: Iterable, device: str | torch.dev
     """
     layers = list(_batchnorms(module).values())
     module.to(device).eval()
+    reuse_large_blocks()
     if not layers:
         return 0
     momenta = [layer.momentum for layer in layers]

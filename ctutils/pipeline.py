@@ -1,6 +1,7 @@
 """The whole way in one call, as notebook 05 walks it: data, backbone, features, `train_model`, run record."""
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -108,11 +109,9 @@ def run_plan(
             bn = "train" if plan.unfreeze else "adapt" if weights.kind == "random" else "frozen"
         images = {"mean": spec.mean, "std": spec.std}
         if bn == "adapt":
-            models.adapt_batchnorm(
-                backbone,
-                make_loaders(folder, store, **images, batch_size=batch_size)["train"],
-                settings.device,
-            )
+            slices = make_loaders(folder, store, **images, batch_size=16)["train"]
+            if not models.adapt_batchnorm(backbone, itertools.islice(slices, 16), settings.device):  # 256 are enough
+                bn = "frozen"  # VGG16 and AlexNet have nothing to adapt
         on_features = not (plan.unfreeze or plan.augment or bn == "drift")
         standardised = plan.standardise and not plan.unfreeze and bn != "drift"
         features_seconds = 0.0

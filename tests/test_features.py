@@ -9,7 +9,7 @@ import torch
 from helpers import files_below, tiny_cnn, user_error, write_set
 from torch import nn
 
-from ctutils import features, models
+from ctutils import base, features, models
 from ctutils.data import build_store, feature_loaders, load_folder, make_loaders, normalise
 from ctutils.features import cached_features, choose_precision, extract_features, inference_copy
 from ctutils.models import (
@@ -153,15 +153,16 @@ class Odd(nn.Module):
         self.plain = nn.BatchNorm2d(4, affine=False)
         self.shared = nn.Conv2d(4, 4, 3, padding=1)
         self.norms = nn.ModuleList([nn.BatchNorm2d(4) for _ in range(5)])
+        self.seen = nn.Conv2d(4, 4, 1)
         self.twice, self.used = nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4)
         self.batchwise = nn.BatchNorm2d(4, track_running_stats=False)
 
     def forward(self, images):
         x = self.plain(self.first(images))
         x = self.norms[0](self.shared(x)) + self.norms[1](self.shared(x))
-        y = self.twice(x)
+        y = self.seen(x)
         x = self.norms[2](y) + y
-        x = self.twice(self.norms[3](x))
+        x = self.twice(self.norms[3](self.twice(x)))
         x = self.used(self.used(x)) + self.norms[4](torch.relu(x))
         return self.batchwise(x).flatten(1)
 
@@ -211,9 +212,9 @@ def test_allocator_is_set_where_there_is_one(monkeypatch, system):
             return 0 if system == "old glibc" and args == (-3, 1 << 30) else 1
 
     name = ("", "") if system == "other" else ("glibc", "2.40")
-    monkeypatch.setattr(features.platform, "libc_ver", lambda: name)
-    monkeypatch.setattr(features.ctypes, "CDLL", lambda _name: object() if system == "no mallopt" else Library())
-    features._reuse_large_blocks.__wrapped__()
+    monkeypatch.setattr(base.platform, "libc_ver", lambda: name)
+    monkeypatch.setattr(base.ctypes, "CDLL", lambda _name: object() if system == "no mallopt" else Library())
+    base.reuse_large_blocks.__wrapped__()
     threshold, trim, never = (-3, 1 << 30), (-1, 1 << 30), (-4, 0)
     expected = {"glibc": [threshold, trim], "old glibc": [threshold, never, trim]}
     assert calls == expected.get(system, [])

@@ -233,12 +233,15 @@ def test_slices_are_decoded_once_and_seen_once_by_each_backbone(tmp_path, monkey
 # --- Seeds, Ctrl-C, resume ---
 
 
-def test_seed_decides_all(plan, settings, random_run, tmp_path):
+def test_seed_decides_all(plan, settings, random_run, tmp_path, monkeypatch):
+    seeds, real = [], pipeline.train_model
+    monkeypatch.setattr(pipeline, "train_model", lambda *a, **kw: seeds.append(kw["seed"]) or real(*a, **kw))
     again = run_plan(plan, settings, tmp_path / "again", say=lambda text: None)
     assert numbers(again) == numbers(random_run[0])
     other = run_plan(change(plan, seed=1), settings, tmp_path / "other", say=lambda text: None)
     assert numbers(other) != numbers(again)
     assert other.record["weights"]["sha256"] != again.record["weights"]["sha256"]
+    assert seeds == [0, 1], "shuffling and dropout"
 
 
 def stop_in_epoch(monkeypatch, number: int) -> None:
@@ -360,8 +363,9 @@ def test_weights_of_another_network(plan, settings, tmp_path):
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob("*.lock"))
 
 
-def test_second_run_into_the_same_record_waits_outside(plan, settings, random_run, room):
-    """The first run holds the record's name in another thread."""
+def test_second_run_into_the_same_record_waits_outside(plan, settings, random_run, room, monkeypatch):
+    """The first run holds the record's name in another thread; the second is told before it works for nothing."""
+    monkeypatch.setattr(pipeline, "load_folder", lambda *_args, **_kwargs: pytest.fail("it began to work"))
     held, done = threading.Event(), threading.Event()
 
     def first():
