@@ -92,7 +92,7 @@ def clean(notebook: nbformat.NotebookNode) -> None:
 class PeakMemory(threading.Thread):
     """Watches the memory of all child processes together: the kernel and its workers."""
 
-    def __init__(self, pause: float = 0.2):
+    def __init__(self, pause: float = 1.0):
         super().__init__(daemon=True)
         self.peak, self.pause, self.done = 0, pause, threading.Event()
 
