@@ -110,9 +110,13 @@ def decode_pass(folder: SliceFolder, *, workers: int | None = None) -> Decoded:
 def _look(path: Path) -> dict[str, Any] | str:
     """Return what is kept of one slice, or why it cannot be decoded."""
     try:
-        image = read_grey(path)
         with Image.open(path) as raw:
-            colour = raw.mode in ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV") and _is_colour(raw)
+            if raw.mode in ("RGB", "RGBA"):
+                image = raw.convert("L")  # as read_grey does, but decoded once for both
+                colour = _is_colour(raw)
+            else:
+                image = read_grey(path)
+                colour = raw.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV") and _is_colour(raw)
             extras = sum(key in raw.info for key in ("dpi", "exif", "icc_profile", "comment", "Software"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return str(error) or type(error).__name__
@@ -307,7 +311,7 @@ def shortcut_probes(
         return pd.DataFrame(columns=columns)
     parts = _grouped_folds(labels[rows], groups[rows], min(folds, smallest), seed)
     models = (
-        make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=300)),
+        make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=100, tol=1e-2)),
         RandomForestClassifier(50, min_samples_leaf=2, class_weight="balanced", random_state=seed),
     )
     result = []
@@ -337,18 +341,14 @@ def _cross_predict(model, x: np.ndarray, y: np.ndarray, parts: np.ndarray) -> np
     """Return a prediction for every slice, by the model fitted on the folds that it is not in."""
     import warnings
 
-    from sklearn.base import clone
-
     guess = np.full_like(y, np.bincount(y).argmax())
-
-    def predict(part: int) -> None:
-        inside = parts != part
-        if len(np.unique(y[inside])) > 1:
-            guess[~inside] = clone(model).fit(x[inside], y[inside]).predict(x[~inside])
-
-    with warnings.catch_warnings(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # slow convergence: good enough for a probe
-        list(pool.map(predict, np.unique(parts)))
+        # One fold after the other: threads here would fight with those of the linear algebra, 5 times slower.
+        for part in np.unique(parts):
+            inside = parts != part
+            if len(np.unique(y[inside])) > 1:
+                guess[~inside] = model.fit(x[inside], y[inside]).predict(x[~inside])
     return guess
 
 
