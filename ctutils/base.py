@@ -12,6 +12,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# One row an epoch: what `train_model` returns and history.csv holds.
+HISTORY_COLUMNS = (
+    "epoch",
+    "train_loss",
+    "train_accuracy",
+    "train_macro_f1",
+    "val_loss",
+    "val_accuracy",
+    "val_macro_f1",
+    "lr",
+    "seconds",
+)
+
 
 class CTError(ValueError):
     """A mistake that a user can mend: one message that says found, expected and how to mend.

@@ -95,6 +95,13 @@ def get_device(name: str = "") -> str:
     return name
 
 
+def _folder(text: str) -> Path:
+    """Read a folder's name: relative to the current folder, else to the project's (a notebook runs in notebooks/)."""
+    path = Path(text).expanduser()
+    inside = project_root() / path
+    return inside if not path.exists() and inside.exists() else path
+
+
 def get_settings() -> Settings:
     """Read CT_PROFILE, CT_DEVICE, CT_WEIGHTS and CT_DATA, and fill in what they leave open.
 
@@ -108,14 +115,19 @@ def get_settings() -> Settings:
     profile = get_profile(os.environ.get("CT_PROFILE") or ("full" if device.startswith("cuda") else "standard"))
     data = project_root() / "data"
     own = os.environ.get("CT_DATA", "")
-    suffix = "" if profile.name == "standard" else f"_{profile.name}"
+    data_dir = (
+        _folder(own) if own else data / ("synthetic" if profile.name == "standard" else f"synthetic_{profile.name}")
+    )
+    weights = os.environ.get("CT_WEIGHTS") or "auto"
+    if weights not in ("auto", "imagenet", "random"):
+        weights = str(_folder(weights))
     return Settings(
         profile=profile,
         device=device,
-        weights=os.environ.get("CT_WEIGHTS") or "auto",
-        data_dir=Path(own).expanduser() if own else data / f"synthetic{suffix}",
+        weights=weights,
+        data_dir=data_dir,
         cache_dir=cache_dir(),
-        # Records of different profiles stay apart, so that a quick test run never replaces a real one.
-        runs_dir=data / "runs" / profile.name,
+        # Records of other profiles and data stay apart, so that a quick test run never replaces a real one.
+        runs_dir=data / "runs" / (f"{profile.name}-{data_dir.resolve().name}" if own else profile.name),
         own_data=bool(own),
     )

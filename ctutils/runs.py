@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from ctutils import metrics
-from ctutils.base import CTError, read_json, write_json
+from ctutils.base import HISTORY_COLUMNS, CTError, read_json, write_json
 
 REQUIRED = {  # key of run.json -> the keys that it must hold itself
     "data": ("name", "kind", "fingerprint", "counts", "test_from_val"),
@@ -50,17 +50,6 @@ REQUIRED = {  # key of run.json -> the keys that it must hold itself
     "best_epoch": (),
     "scores": ("val",),
 }
-HISTORY_COLUMNS = (
-    "epoch",
-    "train_loss",
-    "train_accuracy",
-    "train_macro_f1",
-    "val_loss",
-    "val_accuracy",
-    "val_macro_f1",
-    "lr",
-    "seconds",
-)
 TENSOR_FILES = ("head.safetensors", "model.safetensors")
 ABSOLUTE = re.compile(r"""(^|[\s'"(=])(/[^/\s]+(/|$)|[A-Za-z]:[\\/]|\\\\|file:)""")  # inside a text, too
 

@@ -9,20 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ctutils.base import CTError, atomic_path, progress
+from ctutils.base import HISTORY_COLUMNS, CTError, atomic_path, progress
 from ctutils.metrics import accuracy, macro_f1
-
-HISTORY_COLUMNS = (
-    "epoch",
-    "train_loss",
-    "train_accuracy",
-    "train_macro_f1",
-    "val_loss",
-    "val_accuracy",
-    "val_macro_f1",
-    "lr",
-    "seconds",
-)
 
 
 @dataclasses.dataclass

@@ -110,3 +110,24 @@ def test_project_root_is_the_folder_with_pyproject():
         "heavy = {'torch', 'numpy', 'pandas', 'PIL', 'tqdm'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).resolve().parents[1])
+
+
+def test_a_relative_data_folder_is_found_from_the_notebooks_folder(monkeypatch, tmp_path):
+    (tmp_path / "내 데이터").mkdir()
+    (tmp_path / "files").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setattr("ctutils.config.project_root", lambda: tmp_path)
+    monkeypatch.chdir(tmp_path / "notebooks")
+    monkeypatch.setenv("CT_DATA", "내 데이터")
+    monkeypatch.setenv("CT_WEIGHTS", "files")
+    settings = get_settings()
+    assert settings.data_dir == tmp_path / "내 데이터"
+    assert settings.weights == str(tmp_path / "files")
+
+
+def test_records_of_other_data_stay_apart(monkeypatch, tmp_path):
+    monkeypatch.setenv("CT_PROFILE", "quick")
+    monkeypatch.setenv("CT_DATA", str(tmp_path / "mine"))
+    assert get_settings().runs_dir.name == "quick-mine"
+    monkeypatch.delenv("CT_DATA")
+    assert get_settings().runs_dir.name == "quick"

@@ -16,6 +16,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 import ctutils
+from ctutils.results import results_markdown
+from ctutils.runs import list_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "ctutils"
@@ -324,3 +326,9 @@ def test_readme_says_what_it_must(readme):
     assert "not for clinical use" in readme.lower()
     for word in ("conda", "Windows", "CT_DATA", "python -m ctutils import", "MIT"):
         assert word in readme, word
+
+
+def test_readme_shows_the_reference_records(readme):
+    runs, problems = list_runs(ROOT / "data" / "reference_runs" / "standard")
+    assert not problems and len(runs) == 7
+    assert results_markdown(runs) in readme, "README.md and data/reference_runs disagree: make notebooks"
