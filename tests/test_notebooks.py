@@ -171,7 +171,7 @@ def add_output(output):
         (add_output(new_output("error", ename="E", evalue="", traceback=[])), "code cell 2: an error"),
         (add_output(new_output("stream", name="stderr", text="w")), "code cell 2: stored stderr"),
         (add_output(new_output("stream", name="stdout", text="in /Users/me/")), "code cell 2: an absolute path"),
-        (add_output(new_output("display_data", data={"text/html": "/root/x"})), "code cell 2: an absolute path"),
+        (add_output(new_output("display_data", data={"text/html": "/home/x"})), "code cell 2: an absolute path"),
     ],
 )
 def test_checks_find_each_fault(good, change, message):
