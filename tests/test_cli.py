@@ -126,7 +126,7 @@ def test_train_in_words_uses_settings_for_what_is_left_out(call, call_json, proj
     monkeypatch.setenv("CT_WEIGHTS", "random")
     code, out, error = call("train", "--backbone", SMALL, "--epochs", "1", "--size", "64")
     assert code == 0 and error == ""
-    record = load_run(project / "data" / "runs" / "quick" / SMALL).record
+    record = load_run(project / "data" / "runs" / "quick-set" / SMALL).record
     assert (record["weights"]["kind"], record["data"]["name"], record["batch_size"]) == (
         "random",
         "set",
@@ -134,7 +134,7 @@ def test_train_in_words_uses_settings_for_what_is_left_out(call, call_json, proj
     )
     assert "random weights, as asked for" in out, "the banner of random weights"
     assert re.search(r"macro F1: validation 0\.\d{3} \(best epoch 1 of 1\), test [01]\.\d{3}, 95 % interval", out)
-    assert "weights: random" in out and str(Path("runs") / "quick" / SMALL) in out
+    assert "weights: random" in out and str(Path("runs") / "quick-set" / SMALL) in out
     assert call_json("results")["runs"][0]["backbone"] == BACKBONES[SMALL].title, "results look where train writes"
 
 

@@ -201,9 +201,13 @@ def test_main_says_one_line_about_a_users_mistake(folder, stub_main, capsys):
 
 def test_ctrl_c_stops_the_kernel_and_exits_with_130(folder, stub_main, capsys):
     write_notebook(folder / "00_long.ipynb", "import time; time.sleep(60)")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
     threading.Timer(2, signal.raise_signal, [signal.SIGINT]).start()
     start = time.monotonic()
-    assert run_notebooks.main([]) == 130
+    try:
+        assert run_notebooks.main([]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 30
     assert "Stopped" in capsys.readouterr().err
     alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
