@@ -483,51 +483,6 @@ def normalise(images, mean, std):
     return (images.float() / 255 - mean) / std
 
 
-AUGMENTATIONS = ("rotate", "zoom", "shift", "flip")
-
-
-def build_augment(names: tuple[str, ...] = ()):
-    """Return a random change of a whole batch, uint8 (B, 1, H, W) -> the same; None for no names.
-
-    Every picture of the batch gets its own draw from torch's global random numbers: `rotate` up to 10
-    degrees, `zoom` 0.9 to 1.1, `shift` up to 5 % of the side, `flip` left-right for half of the pictures
-    (which puts the heart on the wrong side). New corners are filled with the grey of the air outside.
-
-    Raises:
-        CTError: an unknown name.
-    Source: notebook 10.
-    """
-    unknown = sorted(set(names) - set(AUGMENTATIONS))
-    if unknown:
-        raise CTError(f"augmentation {unknown}", f"of {', '.join(AUGMENTATIONS)}", "choose of these")
-    if not names:
-        return None
-    import math
-
-    import torch
-    from torch.nn import functional
-
-    def augment(images):
-        count = len(images)
-
-        def draw(name: str, low: float, high: float):
-            values = torch.rand(count) * (high - low) + low
-            return values if name in names else torch.full((count,), (low + high) / 2)
-
-        angle = draw("rotate", -10, 10) * (math.pi / 180)
-        scale = draw("zoom", 0.9, 1.1)
-        x, y = draw("shift", -0.1, 0.1), draw("shift", -0.1, 0.1)  # the grid runs from -1 to 1
-        mirror = torch.where(torch.rand(count) < 0.5, -1.0, 1.0) if "flip" in names else torch.ones(count)
-        cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
-        matrix = torch.stack([cos * mirror, -sin, x, sin * mirror, cos, y], 1).view(count, 2, 3)
-        grid = functional.affine_grid(matrix.to(images.device), list(images.shape), align_corners=False)
-        air = images[:, :, :1, :1].float()
-        moved = functional.grid_sample(images.float() - air, grid, padding_mode="zeros", align_corners=False) + air
-        return moved.round().clamp(0, 255).to(torch.uint8)
-
-    return augment
-
-
 def make_loaders(
     folder: SliceFolder,
     store: np.ndarray,

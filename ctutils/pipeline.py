@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ctutils import models
+from ctutils.augment import build_augment
 from ctutils.base import CTError, read_json, write_json
 from ctutils.config import Settings
 from ctutils.data import (
-    build_augment,
     build_store,
     default_folder,
     feature_loaders,

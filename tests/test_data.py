@@ -1,4 +1,4 @@
-"""data: finding and checking slices, the decoded store, batches, augmentation."""
+"""data: finding and checking slices, the decoded store, batches."""
 
 import errno
 import json
@@ -19,7 +19,6 @@ from PIL import Image
 
 from ctutils import config, data
 from ctutils.data import (
-    build_augment,
     build_store,
     build_transform,
     default_folder,
@@ -586,105 +585,6 @@ def test_only_training_slices_are_augmented(root):
     assert next(iter(black["train"]))[0].amax() < 0 < next(iter(plain["train"]))[0].amax()
     for split in ("val", "test"):
         assert next(iter(black[split]))[0].equal(next(iter(plain[split]))[0])
-
-
-# --- Augmentation ---
-
-
-def batch(count: int = 6, size: int = 48) -> torch.Tensor:
-    return torch.from_numpy(np.stack([picture(i % 3, i, (size, size)) for i in range(count)]))[:, None]
-
-
-@pytest.mark.parametrize("names", [(name,) for name in data.AUGMENTATIONS] + [data.AUGMENTATIONS])
-def test_augmentation_keeps_shape_type_and_grey_range(names):
-    images = batch()
-    before = images.clone()
-    torch.manual_seed(1)
-    changed = build_augment(names)(images)
-    assert (changed.dtype, changed.shape) == (torch.uint8, images.shape)
-    assert images.equal(before), "the caller's pictures were changed"
-    assert not changed.equal(images)
-    torch.manual_seed(1)
-    assert build_augment(names)(images).equal(changed), "the same seed must give the same pictures"
-    torch.manual_seed(2)
-    assert not build_augment(names)(images).equal(changed)
-    flat = torch.full_like(images, 7)
-    assert build_augment(names)(flat).equal(flat), "an even picture must stay as it is, corners included"
-
-
-def test_every_picture_gets_its_own_draw():
-    same = batch(1).expand(8, -1, -1, -1)
-    for name in ("rotate", "zoom", "shift"):
-        torch.manual_seed(0)
-        changed = build_augment((name,))(same)
-        assert len({picture.numpy().tobytes() for picture in changed}) == 8, name
-
-
-def test_flip_mirrors_about_half_of_the_pictures_exactly():
-    images = batch(200, size=17)
-    torch.manual_seed(0)
-    changed = build_augment(("flip",))(images)
-    mirrored = (changed == images.flip(3)).flatten(1).all(1)
-    same = (changed == images).flatten(1).all(1)
-    assert (mirrored ^ same).all(), "a flip must move pixels and nothing else"
-    assert 70 < int(mirrored.sum()) < 130
-
-
-def fixed_draw(monkeypatch, value: float) -> None:
-    """Let every random number be `value`."""
-    monkeypatch.setattr(torch, "rand", lambda count: torch.full((count,), value))
-
-
-def test_middle_of_every_range_changes_nothing(monkeypatch):
-    fixed_draw(monkeypatch, 0.5)
-    images = batch()
-    assert build_augment(data.AUGMENTATIONS)(images).equal(images)
-
-
-def centre(image: torch.Tensor, air: int) -> np.ndarray:
-    """Return the centre (x, y) of what is brighter than air, in pixels from the middle."""
-    weight = (image[0].float() - air).clamp(min=0)
-    steps = torch.arange(len(weight)) - (len(weight) - 1) / 2
-    return np.array([float((weight.sum(0) * steps).sum()), float((weight.sum(1) * steps).sum())]) / float(weight.sum())
-
-
-@pytest.mark.parametrize("draw", [0.0, 1.0])
-def test_how_far_it_goes(monkeypatch, draw):
-    size, air = 100, 55
-    image = torch.full((1, 1, size, size), air, dtype=torch.uint8)
-    image[0, 0, 35:45, 70:80] = 235  # right of the middle and above
-    x, y = centre(image[0], air)
-    fixed_draw(monkeypatch, draw)
-    results = {name: build_augment((name,))(image) for name in ("rotate", "zoom", "shift")}
-    for name, changed in results.items():
-        assert int(changed.min()) == air, f"{name} brings in pixels darker than the air"
-        assert changed[0, 0, [0, 0, -1, -1], [0, -1, 0, -1]].eq(air).all(), "corners are filled with air"
-    moved = centre(results["shift"][0], air) - (x, y)
-    assert np.abs(np.abs(moved) - 0.05 * size).max() < 0.1, f"shift by {moved} instead of 5 % of the side"
-    new = centre(results["rotate"][0], air)
-    turned = np.degrees(np.arctan2(new[1], new[0]) - np.arctan2(y, x))
-    assert abs(abs(turned) - 10) < 0.3 and abs(np.hypot(*new) - np.hypot(x, y)) < 0.3
-    zoomed = np.hypot(*centre(results["zoom"][0], air)) / np.hypot(x, y)
-    assert abs(zoomed - (0.9 if draw == 0 else 1.1)) < 0.01
-    area = (results["zoom"].float() - air).sum() / (image.float() - air).sum()
-    assert abs(float(area) - zoomed**2) < 0.03
-
-
-def test_air_is_that_of_each_picture(monkeypatch):
-    fixed_draw(monkeypatch, 1.0)
-    images = torch.stack([torch.full((1, 40, 40), air, dtype=torch.uint8) for air in (0, 55, 250)])
-    images[:, :, 10:30, 10:30] = 128
-    corners = build_augment(data.AUGMENTATIONS)(images)[:, 0, [0, -1], [-1, 0]]
-    assert corners.tolist() == [[0, 0], [55, 55], [250, 250]]
-
-
-def test_no_names_no_augmentation():
-    assert build_augment(()) is None
-
-
-def test_unknown_augmentation_lists_the_known():
-    with user_error("blur", "rotate, zoom, shift, flip"):
-        build_augment(("rotate", "blur"))
 
 
 # --- The default set, and a real one ---

@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "config": set(),
     "data": {"config", "phantom"},  # the default data set is made on first use
     "phantom": {"config"},
+    "augment": {"data"},
     "importers": {"data"},
     "models": {"config"},
     "features": {"data", "models"},
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "plots": set(),
     "explain": {"models"},
     "audit": {"config", "data", "metrics"},
-    "pipeline": {"config", "data", "importers", "models", "features", "training", "metrics", "runs"},
+    "pipeline": {"augment", "config", "data", "importers", "models", "features", "training", "metrics", "runs"},
     "cli": None,  # all
     "__main__": {"cli"},
     "__init__": set(),
