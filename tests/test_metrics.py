@@ -132,6 +132,32 @@ def test_paired_difference():
     assert same.verdict == "not distinguishable on these slices"
 
 
+def test_seeds_difference_of_one_seed_is_the_paired_difference():
+    y_true, y_score, logits = make_case(sharpness=1.0)
+    logits[np.arange(len(y_true)), y_true] += 1.0
+    pair = metrics.paired_difference(y_true, logits, y_score, names=("new", "old"))
+    assert metrics.seeds_difference(y_true, [logits.argmax(1)], [y_score], names=("new", "old")) == pair
+
+
+def test_seeds_difference_is_between_means():
+    rng = np.random.default_rng(3)
+    y_true = rng.integers(0, 4, 400)
+
+    def runs(error, count):
+        return [np.where(rng.random(400) < error, rng.integers(0, 4, 400), y_true) for _ in range(count)]
+
+    good, bad = runs(0.3, 3), runs(0.5, 2)
+    found = metrics.seeds_difference(y_true, good, bad)
+    f1 = [np.mean([metrics.macro_f1(y_true, y_pred, 4) for y_pred in way]) for way in (good, bad)]
+    assert found.difference == pytest.approx(f1[0] - f1[1])
+    assert found.low < found.difference < found.high and found.low > 0 and found.verdict == "A is higher"
+    one = metrics.paired_difference(y_true, good[0], bad[0])
+    assert found.high - found.low < one.high - one.low, "several seeds tell more than one"
+    assert metrics.seeds_difference(y_true, good, good).verdict.startswith("not")
+    with pytest.raises(CTError, match="no scores"):
+        metrics.seeds_difference(y_true, good, [])
+
+
 def test_paired_is_sharper_than_two_intervals():
     y_true, y_score, _ = make_case(400)
     y_pred = y_score.argmax(axis=1)
