@@ -10,11 +10,20 @@ from helpers import Examples, files_below, head, loaders, tiny_cnn, user_error
 from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import LambdaLR, StepLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, StepLR
 
 from ctutils import training
 from ctutils.data import batch_loader
-from ctutils.training import HISTORY_COLUMNS, evaluate, set_train_mode, train_model, train_one_epoch
+from ctutils.training import (
+    HISTORY_COLUMNS,
+    Batching,
+    evaluate,
+    lr_range_test,
+    pick_rate,
+    set_train_mode,
+    train_model,
+    train_one_epoch,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -278,6 +287,225 @@ def test_ctrl_c_in_the_first_epoch_gives_the_model_back_as_it_was():
     assert (result.interrupted, result.best_epoch, result.history) == (True, 0, [])
     assert math.isnan(result.best_score)
     assert same(weights(model), before)
+
+
+# --- Memory: parts of a batch ---
+
+
+@pytest.mark.parametrize("criterion", [nn.CrossEntropyLoss(), nn.CrossEntropyLoss(torch.tensor([0.2, 1.0, 3.0]))])
+@pytest.mark.parametrize("at_once", [1, 3, 4])
+def test_accumulated_gradients_are_those_of_the_big_batch(criterion, at_once):
+    """Batches of 8 in parts, the last batch and part smaller; also with class weights, whose mean differs by part."""
+
+    def go(batching):
+        model, data = head(), loaders(train=21, val=10, batch_size=8)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
+        return train_model(model, criterion, optimizer, None, data, 2, batching=batching)
+
+    whole, parts = go(None), go(Batching(at_once=at_once))
+    assert (whole.at_once, parts.at_once) == (None, at_once)
+    for a, b in zip(numbers(whole), numbers(parts), strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    for name, tensor in weights(whole.model).items():
+        torch.testing.assert_close(weights(parts.model)[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_with_class_weights_is_that_of_one_big_batch():
+    model, data = head(), loaders(batch_size=4)
+    criterion = nn.CrossEntropyLoss(torch.tensor([0.2, 1.0, 3.0]))
+    loss, _, _ = evaluate(model, data["val"], criterion)
+    examples = data["val"].dataset
+    with torch.no_grad():
+        assert loss == pytest.approx(float(criterion(model(examples.inputs), examples.labels)), rel=1e-5)
+
+
+class Hungry(nn.Module):
+    """A network that runs out of memory with more than `room` examples at once."""
+
+    def __init__(self, inner: nn.Module, room: int, error: Exception):
+        super().__init__()
+        self.inner, self.room, self.error, self.seen = inner, room, error, []
+
+    def forward(self, inputs):
+        self.seen.append(len(inputs))
+        logits = self.inner(inputs)
+        if len(inputs) > self.room:
+            raise self.error
+        return logits
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_out_of_memory_halves_what_goes_through_and_keeps_the_batch(caplog, error):
+    plain = run(head(), data=loaders(train=22, batch_size=8), epochs=2)
+    model = Hungry(head(), room=3, error=error)
+    result = run(model, data=loaders(train=22, batch_size=8), epochs=2)
+    assert result.at_once == 2 and model.seen[:3] == [8, 4, 2] and max(model.seen[2:]) == 2
+    assert len(caplog.messages) == 1, "one message, not one a batch"
+    assert "8 slices at once: 2 from here on" in caplog.messages[0]
+    for a, b in zip(numbers(plain), numbers(result), strict=True):
+        assert b == pytest.approx(a, rel=1e-4), "the steps must be those of the whole batch"
+
+
+def test_out_of_memory_in_the_backward_pass_leaves_no_gradient_behind():
+    class Heavy(torch.autograd.Function):
+        calls = []
+
+        @staticmethod
+        def forward(_ctx, inputs):
+            return inputs.clone()
+
+        @staticmethod
+        def backward(_ctx, gradient):
+            Heavy.calls.append(len(gradient))
+            if len(Heavy.calls) == 2:  # the second part of the first batch, when the first has left its gradient
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return gradient
+
+    class Model(nn.Sequential):
+        def forward(self, inputs):
+            return Heavy.apply(super().forward(inputs))
+
+    def go(model, batching):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return run(model, epochs=1, data=loaders(batch_size=8), optimizer=optimizer, batching=batching)
+
+    result = go(Model(*head()), Batching(at_once=4))
+    assert result.at_once == 2 and Heavy.calls[:4] == [4, 4, 2, 2]
+    expected = weights(go(head(), None).model)
+    for name, tensor in weights(result.model).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_memory_too_small_for_one_slice_and_other_errors():
+    with user_error("memory too small", "smaller size"):
+        run(Hungry(head(), room=0, error=OUT_OF_MEMORY[0]))
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(Hungry(head(), room=0, error=RuntimeError("shapes do not fit")))
+
+
+def test_given_batching_is_not_changed():
+    given = Batching(at_once=8)
+    run(Hungry(head(), room=2, error=OUT_OF_MEMORY[0]), data=loaders(batch_size=8), batching=given)
+    assert given == Batching(at_once=8)
+
+
+def test_bfloat16_is_used_when_asked_for():
+    seen = []
+    model = head()
+    model[0].register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    result = run(model, epochs=1, batching=Batching(bfloat16=True))
+    assert set(seen) == {torch.bfloat16} and all(p.dtype == torch.float32 for p in model.parameters())
+    seen.clear()
+    exact = run(epochs=1, model=model)
+    assert set(seen) == {torch.float32}
+    assert result.history[0]["train_loss"] == pytest.approx(exact.history[0]["train_loss"], rel=0.5)
+
+
+# --- Schedules and early stopping ---
+
+
+def test_one_cycle_is_stepped_after_every_batch():
+    seen = []
+
+    class Noted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = head()
+
+        def forward(self, inputs):
+            if self.training:
+                seen.append(optimizer.param_groups[0]["lr"])
+            return self.inner(inputs)
+
+    model = Noted()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    schedule = lambda made: OneCycleLR(made, max_lr=0.01, total_steps=3 * 6)  # noqa: E731
+    run(model, optimizer=optimizer, schedule=schedule, data=loaders(train=22, batch_size=4), epochs=3)
+    assert len(set(seen)) == 18 and max(seen) == pytest.approx(0.01, rel=0.02) and seen[0] < max(seen) > seen[-1]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda optimizer: CosineAnnealingLR(optimizer, T_max=5),
+        lambda optimizer: OneCycleLR(optimizer, max_lr=0.02, total_steps=5 * 6),
+    ],
+    ids=["cosine", "onecycle"],
+)
+def test_resume_goes_on_in_the_schedule(tmp_path, schedule):
+    options = {"schedule": schedule, "lr": 0.02, "epochs": 5}
+    whole = run(**options)
+    data = loaders()
+    data["train"] = Stops(data["train"], at_pass=3)
+    run(data=data, checkpoint=tmp_path / "a.pt", **options)
+    assert same_result(run(checkpoint=tmp_path / "a.pt", resume=True, **options), whole)
+
+
+def test_early_stopping_waits_and_then_stops(tmp_path):
+    def go(**options):
+        model = nn.Sequential(head()[0], head()[3])
+        return run(model, lr=0.1, schedule=lambda optimizer: spoil(optimizer, after=3), **options)
+
+    whole = go(epochs=10)
+    stopped = go(epochs=10, patience=2, checkpoint=tmp_path / "a.pt")
+    assert whole.best_epoch <= 3 and len(whole.history) == 10
+    assert len(stopped.history) == whole.best_epoch + 2 and not stopped.interrupted
+    assert (stopped.best_epoch, stopped.best_score) == (whole.best_epoch, whole.best_score)
+    assert numbers(stopped) == numbers(whole)[: len(stopped.history)]
+    assert same_result(go(epochs=10, patience=2, checkpoint=tmp_path / "a.pt", resume=True), stopped), "it is over"
+    assert len(go(epochs=3, patience=9).history) == 3
+    with user_error("patience of 0", "1 epoch or more"):
+        go(epochs=3, patience=0)
+
+
+# --- The LR range test ---
+
+
+def test_lr_range_test_finds_a_rate_that_trains_and_changes_nothing():
+    model = head(dropout=0.2)
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[3].parameters(), "lr": 0.01}], momentum=0.9
+    )
+    before, state = weights(model), str(optimizer.state_dict())
+    found = lr_range_test(model, nn.CrossEntropyLoss(), optimizer, loaders(), low=1e-5, high=1e3, points=30)
+    assert same(weights(model), before) and str(optimizer.state_dict()) == state
+    rates, losses = [point["lr"] for point in found], [point["val_loss"] for point in found]
+    assert rates[0] == pytest.approx(1e-5) and rates == sorted(rates) and np.isfinite(losses).all()
+    assert len(found) < 30 and losses[-1] > 10 * losses[0], "it goes on after the loss has blown up"
+    rate = pick_rate(found)
+    assert rate == pytest.approx(rates[int(np.argmin(losses))] / 3) and min(losses) < losses[0]
+    again = lr_range_test(model, nn.CrossEntropyLoss(), optimizer, loaders(), low=1e-5, high=1e3, points=30)
+    assert again == found
+
+    def trained(lr):
+        return run(head(), lr=lr, epochs=4, optimizer=None, schedule=lambda made: StepLR(made, 50)).history[-1]
+
+    assert trained(rate)["train_loss"] < trained(rate / 1000)["train_loss"]
+
+
+def test_lr_range_test_moves_all_groups_alike():
+    model, seen = head(), []
+    optimizer = torch.optim.SGD(
+        [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[3].parameters(), "lr": 0.01}]
+    )
+    model.register_forward_pre_hook(lambda *_: seen.append(tuple(g["lr"] for g in optimizer.param_groups)))
+    lr_range_test(model, nn.CrossEntropyLoss(), optimizer, loaders(), high=1e-3, points=3, steps=1)
+    assert len({a for a, _ in seen}) == 3 and all(b == pytest.approx(a / 10) for a, b in seen)
+
+
+def test_lr_range_test_with_rates_that_fall():
+    model = head()
+    optimizer = torch.optim.Adam(model.parameters())
+    for options in ({"low": 1.0, "high": 0.1}, {"low": 0.0}, {"points": 1}):
+        with user_error("rates from", "two or more, rising"):
+            lr_range_test(model, nn.CrossEntropyLoss(), optimizer, loaders(), **options)
 
 
 # --- Resume ---
