@@ -325,6 +325,22 @@ def default_folder(settings: Settings) -> SliceFolder:
     return load_folder(settings.data_dir, cache=settings.cache_dir)
 
 
+def shortcut_folder(settings: Settings) -> SliceFolder:
+    """Return the synthetic set in which the sharpness tells the class; made on first use, beside the cache.
+
+    Patients, findings and counts are those of the profile's own set: only the scanner's kernel differs.
+
+    Source: notebook 01, "a trap".
+    """
+    from ctutils.phantom import write_dataset
+
+    size = settings.profile
+    name = "synthetic_shortcut" if size.name == "standard" else f"synthetic_shortcut_{size.name}"
+    out = settings.cache_dir.parent / name
+    write_dataset(out, train=size.train, val=size.val, test=size.test, seed=settings.seed, shortcut="sharpness")
+    return load_folder(out, cache=settings.cache_dir)
+
+
 # ---------------------------------------------------------------- decoding
 
 
@@ -454,10 +470,11 @@ def _remove_leftovers(folder: Path) -> None:
 class SliceBatches:
     """Whole batches from the decoded store, for a DataLoader whose sampler yields lists of indices.
 
-    `batches[indices]` returns images float32 (B, 3, H, W), normalised, and labels int64 (B,).
+    `batches[indices]` returns images float32 (B, 3, H, W), normalised, and labels int64 (B,), where the store is:
+    a memory-mapped array (on the CPU), or a tensor uint8 (N, H, W) that stands on the GPU.
     """
 
-    def __init__(self, store: np.ndarray, labels: np.ndarray, rows: np.ndarray, mean, std, augment=None):
+    def __init__(self, store, labels: np.ndarray, rows: np.ndarray, mean, std, augment=None):
         self.store, self.labels, self.rows, self.augment = store, labels, rows, augment
         self.mean, self.std = mean, std
 
@@ -468,10 +485,15 @@ class SliceBatches:
         import torch
 
         rows = self.rows[np.asarray(indices)]
-        images = torch.from_numpy(self.store[rows])[:, None]
+        labels = torch.from_numpy(self.labels[rows])
+        if isinstance(self.store, np.ndarray):
+            images = torch.from_numpy(self.store[rows])[:, None]
+        else:
+            device = self.store.device
+            images, labels = self.store[torch.from_numpy(rows).to(device)][:, None], labels.to(device)
         if self.augment is not None:
             images = self.augment(images)
-        return normalise(images, self.mean, self.std), torch.from_numpy(self.labels[rows])
+        return normalise(images, self.mean, self.std), labels
 
 
 def normalise(images, mean, std):
@@ -491,6 +513,7 @@ def make_loaders(
     std=IMAGENET_STD,
     batch_size: int = 32,
     augment=None,
+    device: str = "cpu",
 ) -> dict[str, "DataLoader"]:
     """Return one DataLoader a split; the training slices are shuffled (by torch's global seed), others in order.
 
@@ -498,6 +521,8 @@ def make_loaders(
         store: uint8 (N, size, size), rows as in `folder.slices`.
         mean, std: the backbone's normalisation, three numbers each.
         augment: uint8 (B, 1, H, W) -> the same, for the training slices only.
+        device: a CUDA device gets the whole store once, if a quarter of its free memory holds it, so that the
+            batches are made there; else they are made on the CPU.
     Returns:
         {split: loader of images float32 (B, 3, size, size) and labels int64 (B,)}
     Raises:
@@ -506,6 +531,11 @@ def make_loaders(
     """
     if len(store) != len(folder.slices):
         raise CTError(f"{len(store)} decoded slices", f"{len(folder.slices)}", "build the store again")
+    if device.startswith("cuda"):
+        import torch
+
+        if store.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+            store = torch.from_numpy(np.array(store)).to(device)
     loaders = {}
     for split in (split for split in SPLITS if len(folder.rows(split))):
         dataset = SliceBatches(
@@ -515,14 +545,16 @@ def make_loaders(
     return loaders
 
 
-def feature_loaders(folder: SliceFolder, features, *, batch_size: int = 32) -> dict[str, "DataLoader"]:
+def feature_loaders(folder: SliceFolder, features, *, batch_size: int = 32, views=None) -> dict[str, "DataLoader"]:
     """Return one DataLoader a split over cached features: float32 (B, D) and labels int64 (B,).
 
     The order of the training examples is that of `make_loaders` under the same seed.
 
     Args:
         features: tensor float32 (N, D), rows as in `folder.slices`.
-    Source: notebook 02.
+        views: tensor float32 (K, M, D) of K random views of the M training slices: each time a training slice is
+            asked for, one of its views is drawn.
+    Source: notebook 02; the views: notebook 10.
     """
     import torch
 
@@ -530,13 +562,14 @@ def feature_loaders(folder: SliceFolder, features, *, batch_size: int = 32) -> d
     loaders = {}
     for split in (split for split in SPLITS if len(folder.rows(split))):
         rows = torch.from_numpy(folder.rows(split)).to(features.device)
-        loaders[split] = batch_loader(_Features(features[rows], labels[rows]), batch_size, shuffle=split == "train")
+        of_split = views if split == "train" and views is not None else features[rows][None]
+        loaders[split] = batch_loader(_Features(of_split, labels[rows]), batch_size, shuffle=split == "train")
     return loaders
 
 
 class _Features:
-    def __init__(self, features, labels):
-        self.features, self.labels = features, labels
+    def __init__(self, views, labels):
+        self.views, self.labels = views, labels  # (K, M, D) and (M,)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -544,8 +577,9 @@ class _Features:
     def __getitem__(self, indices: list[int]):
         import torch
 
-        indices = torch.as_tensor(indices, device=self.features.device)
-        return self.features[indices], self.labels[indices]
+        indices = torch.as_tensor(indices, device=self.views.device)
+        view = torch.randint(len(self.views), (len(indices),)).to(indices.device) if len(self.views) > 1 else 0
+        return self.views[view, indices], self.labels[indices]
 
 
 def batch_loader(dataset, batch_size: int, *, shuffle: bool) -> "DataLoader":

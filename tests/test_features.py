@@ -1,6 +1,7 @@
 """features: one pass of a frozen backbone, the same numbers as the plain network, cached under the right key."""
 
 import errno
+import operator
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from helpers import files_below, tiny_cnn, user_error, write_set
 from torch import nn
 
-from ctutils import base, features, models
-from ctutils.data import build_store, feature_loaders, load_folder, make_loaders, normalise
-from ctutils.features import cached_features, choose_precision, extract_features, inference_copy
+from ctutils import base, features, inference, models
+from ctutils.data import SliceBatches, build_store, feature_loaders, load_folder, make_loaders, normalise
+from ctutils.features import cached_features, extract_features
+from ctutils.inference import choose_precision, inference_copy
 from ctutils.models import (
     BACKBONES,
     build_model,
@@ -38,8 +40,8 @@ def seen(monkeypatch) -> list[int]:
     batches: list[int] = []
     real = features.inference_copy
 
-    def counted(*args):
-        fast = real(*args)
+    def counted(*args, **options):
+        fast = real(*args, **options)
         fast.register_forward_pre_hook(lambda _module, inputs: batches.append(len(inputs[0])))
         return fast
 
@@ -95,15 +97,17 @@ def test_features_are_those_of_the_plain_network(name):
     spec, store = BACKBONES[name], store_of(3, size=64)
     model = made_up(name)
     body, head = split_model(model, name)
-    found = extract_features(body, store, mean=spec.mean, std=spec.std, precision="float32", batch_size=2)
-    assert (found.dtype, found.shape) == (torch.float32, (3, spec.features))
-    assert relative(found, plainly(body, store, spec.mean, spec.std)) <= 1e-3
-    with torch.no_grad():
-        logits = head.eval()(found)
+    pass_of = {"mean": spec.mean, "std": spec.std, "precision": "float32", "batch_size": 2}
     expected = plainly(model, store, spec.mean, spec.std)
-    assert relative(logits, expected) <= 1e-3
-    assert logits.argmax(1).equal(expected.argmax(1))
     assert relative(expected[:1], expected[1:2]) > 0.01, "this test could not tell slices apart"
+    for fold, limit in ((False, 1e-5), (True, 1e-3)):
+        found = extract_features(body, store, **pass_of, fold=fold)
+        assert (found.dtype, found.shape) == (torch.float32, (3, spec.features))
+        assert relative(found, plainly(body, store, spec.mean, spec.std)) <= limit
+        with torch.no_grad():
+            logits = head.eval()(found)
+        assert relative(logits, expected) <= limit
+        assert logits.argmax(1).equal(expected.argmax(1))
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_large", "efficientnet_lite0"])
@@ -177,15 +181,108 @@ def test_odd_networks_stay_what_they_are():
     store = store_of()
     found = extract_features(network, store, **NORMAL, precision="float32")
     assert relative(found, plainly(network, store, **NORMAL)) < 1e-4
-    assert isinstance(inference_copy(network).plain, nn.Identity), "this one can be folded"
+    left = [name for name, part in inference_copy(network).named_modules() if isinstance(part, models.BatchNorm)]
+    assert "plain" not in left and "norms.0" in left, "the first can be folded, a shared one cannot"
+
+
+@pytest.mark.parametrize("name", ["resnet50", "vgg16", "mobilenet_v3_large", "efficientnet_lite0"])
+def test_activations_and_sums_are_done_by_the_convolutions(name):
+    if not inference._onednn_fuses():
+        pytest.skip("this torch has no fused convolutions")
+    fast = inference_copy(split_model(made_up(name), name)[0])
+    alone = [
+        node
+        for node in fast.graph.nodes
+        if (node.op == "call_module" and isinstance(fast.get_submodule(node.target), (nn.ReLU, nn.ReLU6, nn.Hardswish)))
+        or node.target in (operator.add, operator.iadd)
+    ]
+    # What is left follows a linear layer, or one of timm's convolutions that pad on their own.
+    expected = {"resnet50": 0, "vgg16": 1, "mobilenet_v3_large": 1, "efficientnet_lite0": 5}
+    assert len(alone) == expected[name], alone
+
+
+class Sums(nn.Module):
+    """Sums and activations in all places where they may not be drawn into a convolution carelessly."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3 if k == 0 else 4, 4, 3, padding=1) for k in range(7)])
+        self.circular = nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular")
+        self.same = nn.Conv2d(4, 4, 3, padding="same")
+        self.relu, self.six, self.swish = nn.ReLU(inplace=True), nn.ReLU6(), nn.Hardswish()
+        self.gate = nn.Hardsigmoid()
+
+    def forward(self, images):
+        c = self.convs
+        x = self.swish(c[0](images))
+        y = c[1](x)
+        x = self.relu(y + c[2](y)) * 0.1  # both sides are convolutions, and one is the other's input
+        y = c[3](x)
+        x = y + y  # one summand twice
+        x = self.six(self.circular(x)) + self.same(x)
+        x = self.gate(c[4](x)) * c[5](x)
+        y = c[6](x)
+        return (self.relu(y + x) + 1 + y).flatten(1)  # y is wanted later, and one summand is a number
+
+
+@pytest.mark.parametrize("fuses", [True, False])
+def test_sums_and_activations_stay_what_they_are(monkeypatch, fuses):
+    if not fuses:
+        monkeypatch.setattr(inference, "_onednn_fuses", lambda: False)
+    torch.manual_seed(0)
+    network, store = Sums().eval(), store_of()
+    found = extract_features(network, store, **NORMAL, precision="float32")
+    assert relative(found, plainly(network, store, **NORMAL)) < 1e-5
+
+
+@pytest.mark.parametrize("state", ["another answer", "other arguments", "not there"])
+def test_fused_convolutions_are_used_only_where_they_are_right(monkeypatch, state):
+    def op(x, *args):
+        if state == "other arguments":
+            raise RuntimeError("expected at most 3 arguments")
+        return torch.zeros(1, 4, 5, 5)
+
+    ops = type("Ops", (), {} if state == "not there" else {"_convolution_pointwise": staticmethod(op)})
+    if state == "another answer":
+        op.binary = op
+    monkeypatch.setattr(torch.ops, "mkldnn", ops)
+    assert inference._onednn_fuses() is False
+    found = extract_features(backbone(), store_of(), **NORMAL, precision="float32")
+    assert relative(found, plainly(backbone(), store_of(), **NORMAL)) < 1e-5
+
+
+def test_full_memory_halves_the_batch(seen, monkeypatch):
+    expected = extract_features(backbone(), store_of(7), **NORMAL, precision="float32", batch_size=2)
+    seen.clear()
+    counted = features.inference_copy
+
+    def small(*args, **options):
+        fast = counted(*args, **options)
+
+        def full(_module, inputs):
+            if len(inputs[0]) > limit:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        fast.register_forward_pre_hook(full)
+        return fast
+
+    monkeypatch.setattr(features, "inference_copy", small)
+    limit = 2
+    found = extract_features(backbone(), store_of(7), **NORMAL, precision="float32", batch_size=8)
+    assert relative(found, expected) < 1e-6
+    assert seen == [7, 4, 2, 2, 2, 1]
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        extract_features(backbone(), store_of(7), **NORMAL, precision="float32")
 
 
 def test_bfloat16_leaves_statistics_that_are_not_folded_exact():
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)).eval()
     network[0].running_mean.fill_(100.1)
     fast = inference_copy(network, "bfloat16")
-    assert torch.equal(fast[0].running_mean, network[0].running_mean)
-    assert fast[1].weight.dtype == torch.bfloat16
+    norm, conv = (fast.get_submodule(name) for name in "01")
+    assert torch.equal(norm.running_mean, network[0].running_mean)
+    assert conv.weight.dtype == torch.bfloat16
 
 
 def test_network_that_cannot_be_traced_is_copied_as_it_stands():
@@ -310,6 +407,27 @@ def test_whatever_decides_the_result_is_in_the_key(tmp_path, seen, change):
     assert torch.equal(ask(tmp_path), first) and sum(seen) == 5
 
 
+def test_views_are_random_repeatable_and_leave_the_random_numbers_alone(tmp_path, seen):
+    views = {"augmentations": ("rotate",), "views": 3, "seed": 1}
+    torch.manual_seed(5)
+    expected_next = torch.rand(1)
+    torch.manual_seed(5)
+    rows = np.array([4, 0, 2])
+    found = ask(tmp_path, rows=rows, **views)
+    assert torch.equal(torch.rand(1), expected_next)
+    assert found.shape == (3, 3, 96) and sum(seen) == 9
+    plain = ask(tmp_path, rows=rows)
+    assert torch.equal(plain, ask(tmp_path)[rows])
+    for a, b in ((0, 1), (1, 2)):
+        assert (found[a] - found[b]).abs().max() > 1e-3, "two views are the same"
+    seen.clear()
+    assert torch.equal(ask(tmp_path, rows=rows, **views), found) and seen == []
+    for change in ({"seed": 2}, {"views": 2}, {"augmentations": ("flip",)}, {"rows": np.array([0, 4, 2])}):
+        assert not torch.equal(ask(tmp_path, **{"rows": rows, **views, **change}), found)
+        assert seen, "another pass's views were taken for these"
+        seen.clear()
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other rows", "other name"])
 def test_damaged_cache_is_made_again(tmp_path, seen, damage):
     first = ask(tmp_path)
@@ -393,6 +511,31 @@ def test_cached_features_train_the_same_head_as_images(tmp_path, name):
         by_head = [torch.softmax(fast.model(rows), 1) for rows, _ in data["val"]]
     torch.testing.assert_close(torch.cat(by_head), probs[folder.rows("val")], atol=1e-3, rtol=0)
     torch.testing.assert_close(probs, expected, atol=2e-3, rtol=0)
+
+
+def test_training_draws_one_of_the_views_each_time(tmp_path):
+    folder, _ = tiny_set(tmp_path, 16)
+    count, train = len(folder.slices), folder.rows("train")
+    plain = torch.arange(count, dtype=torch.float32)[:, None]
+    views = torch.stack([plain[train] + 100 * k for k in (1, 2, 3)])
+    loaders = feature_loaders(folder, plain, batch_size=5, views=views)
+    torch.manual_seed(0)
+    drawn: dict[int, set] = {}
+    for _ in range(20):
+        for batch, labels in loaders["train"]:
+            for value, label in zip(batch[:, 0].int().tolist(), labels.tolist(), strict=True):
+                assert folder.labels[value % 100] == label
+                drawn.setdefault(value % 100, set()).add(value // 100)
+    assert drawn == {int(row): {1, 2, 3} for row in train}
+    assert torch.equal(torch.cat([batch for batch, _ in loaders["val"]]), plain[folder.rows("val")])
+
+
+def test_batches_from_a_store_on_the_device_are_the_same(tmp_path):
+    folder, store = tiny_set(tmp_path, 16)
+    there = SliceBatches(torch.from_numpy(np.array(store)), folder.labels, folder.rows("train"), **NORMAL)
+    here = SliceBatches(store, folder.labels, folder.rows("train"), **NORMAL)
+    for a, b in zip(there[[3, 0, 5]], here[[3, 0, 5]], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_backbone_sees_every_slice_once_in_five_epochs(tmp_path, seen):

@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "augment": {"data"},
     "importers": {"data"},
     "models": {"config"},
-    "features": {"data", "models"},
+    "inference": {"models"},
+    "features": {"augment", "data", "inference", "models"},
     "training": {"metrics"},
     "metrics": set(),
     "runs": {"metrics"},
@@ -47,7 +48,7 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 # torch takes seconds to import: only modules that are about it do so at their top.
-MAY_NEED_TORCH = {"models", "features", "training", "explain", "pipeline"}
+MAY_NEED_TORCH = {"models", "inference", "features", "training", "explain", "pipeline"}
 
 
 # ---------------------------------------------------------------- environment
