@@ -299,6 +299,38 @@ def score_intervals(
     return ax
 
 
+def difference_intervals(
+    table: pd.DataFrame,
+    title: str = "Difference of macro F1",
+    xlabel: str = "difference of macro F1 (A minus B), lines: 95 % interval",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw differences with their intervals; grey where the interval holds zero, so nothing can be said.
+
+    Args:
+        table: name, difference, low, high: one row a comparison, as from `metrics.paired_difference`.
+    Raises:
+        CTError: a column is missing, or no row.
+    """
+    _need(table, ("name", "difference", "low", "high"), "the table")
+    if ax is None:
+        _, ax = plt.subplots(figsize=(7, 1.3 + 0.4 * len(table)))
+    for place, row in enumerate(table.itertuples()):
+        unclear = row.low <= 0 <= row.high
+        colour = GREY if unclear else COLOURS[2] if row.low > 0 else COLOURS[5]
+        label = "not distinguishable" if unclear else "higher" if row.low > 0 else "lower"
+        _point(ax, row.difference, row.low, row.high, place, colour, "D" if unclear else "o", label, set())
+    ax.axvline(0, color="black", linewidth=1)
+    ax.set_yticks(range(len(table)), table["name"])
+    ax.set_ylim(len(table) - 0.5, -0.5)
+    ax.set(xlabel=xlabel, ylabel="")
+    ax.set_title(title)
+    ax.grid(axis="y", visible=False)
+    handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    ax.legend(handles.values(), handles.keys(), fontsize=8, loc="best")
+    return ax
+
+
 def reliability_diagram(
     table: pd.DataFrame, title: str = "Reliability: is it as sure as it is right?", ax: Axes | None = None
 ) -> Axes:

@@ -28,6 +28,7 @@ from ctutils.data import (
     normalise,
     read_grey,
     read_small,
+    shortcut_folder,
     with_test_split,
 )
 
@@ -610,6 +611,18 @@ def test_default_set_is_made_on_first_use(monkeypatch, tmp_path):
     monkeypatch.setenv("CT_DATA", str(tmp_path / "none"))
     with user_error("no folder", "CT_DATA"):
         default_folder(config.get_settings())
+
+
+def test_shortcut_set_stands_beside_the_cache(monkeypatch):
+    phantom = pytest.importorskip("ctutils.phantom")
+    asked = []
+    monkeypatch.setattr(phantom, "write_dataset", lambda out, **given: asked.append(given) or write_set(Path(out)))
+    settings = config.get_settings()
+    folder = shortcut_folder(settings)
+    assert folder.root.parent == settings.cache_dir.parent and folder.root != settings.data_dir
+    size = settings.profile
+    counts = {"train": size.train, "val": size.val, "test": size.test}
+    assert asked == [{**counts, "seed": settings.seed, "shortcut": "sharpness"}]
 
 
 @needs_real_ct
