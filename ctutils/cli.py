@@ -82,27 +82,52 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--weights", help="auto, imagenet, random or a folder of weight files (default: CT_WEIGHTS)")
     train.add_argument("--out", type=Path, help="run record to write (default: data/runs/<profile>/<backbone>)")
     train.add_argument("--optimizer", default="adam", help="adam, adamw, sgd or rmsprop")
-    train.add_argument("--lr", type=float, default=1e-3)
+    train.add_argument("--lr", type=_rate, default=1e-3, help="learning rate, or range: by an LR range test")
+    train.add_argument("--scheduler", default="step", help="step (the deck's), cosine, onecycle or none")
+    train.add_argument("--patience", type=int, help="stop after so many epochs without a better validation score")
     train.add_argument("--batch-size", type=int)
+    train.add_argument("--at-once", type=int, help="slices in memory at a time; the batch size stays the same")
     train.add_argument("--size", type=int, help="pixels a side at the network's input (default 224)")
-    train.add_argument("--bn", choices=("auto", "frozen", "adapt", "drift"), default="auto", help=BN_HELP)
+    train.add_argument("--bn", choices=("auto", "frozen", "adapt", "drift", "train"), default="auto", help=BN_HELP)
     train.add_argument(
         "--no-standardise",
         dest="standardise",
         action="store_false",
         help="leave the frozen features as they are (the deck's way) instead of scaling them to mean 0, sd 1",
     )
-    train.add_argument("--unfreeze", action="store_true", help="train every layer, not only the head")
+    train.add_argument(
+        "--unfreeze", dest="unfreeze", action="store_const", const="all", default="none", help="train every layer"
+    )
+    train.add_argument(
+        "--unfreeze-last", dest="unfreeze", action="store_const", const="last", help="train the last block and the head"
+    )
+    train.add_argument(
+        "--discriminative",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="rate of the last block as a share of the head's; earlier layers get its square",
+    )
     train.add_argument(
         "--augment",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="of rotate, zoom, shift, flip; each picture anew",
+        help="of rotate, zoom, shift, flip, blur, noise, jitter, randaugment; each picture anew",
     )
+    train.add_argument("--views", type=int, default=0, help="cache the features of so many changed copies instead")
+    train.add_argument("--balance", default="none", help="rare classes: none, loss (weights) or sampler")
     train.add_argument("--precision", default="auto", help="of the frozen pass: auto, float32 or bfloat16")
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same name")
+
+    sweep = add("sweep", _sweep, "run a plan of many runs; skips what is done")
+    sweep.description, sweep.formatter_class = SWEEP_HELP, argparse.RawDescriptionHelpFormatter
+    sweep.add_argument("plan", type=Path, help="TOML file")
+    sweep.add_argument("--list", action="store_true", help="show the runs and what is done, run nothing")
+    sweep.add_argument("--index", type=int, metavar="I", help="only run I of the list, from 0 (for a job array)")
+    sweep.add_argument("--keep-weights", action="store_true", help="store the trained weights in the records")
+    sweep.add_argument("--pack", type=Path, metavar="OUT", help="then copy the records, without weights, to OUT")
 
     predict = add("predict", _predict, "class and probabilities of pictures or DICOM files")
     predict.add_argument("run", type=Path, help="run record")
@@ -117,9 +142,25 @@ def _parser() -> argparse.ArgumentParser:
 
 
 BN_HELP = (
-    "BatchNorm of a frozen backbone: frozen; adapt (statistics estimated anew on the training slices, then "
-    "frozen); drift (the deck's model.train()); auto: adapt for random weights, else frozen"
+    "BatchNorm: frozen; adapt (statistics estimated anew on the training slices, then frozen); drift (the deck's "
+    "model.train() with a frozen backbone); train (learns with --unfreeze); auto: train with --unfreeze, else "
+    "adapt for random weights and frozen for real ones"
 )
+SWEEP_HELP = """\
+Run a plan of many runs: backbones x settings x seeds, from a TOML file (examples: notebooks/plans/).
+
+What is done is skipped, an interrupted run goes on, a failed one does not stop the rest (exit code 1 at the
+end). The records stand in data/runs/<profile>/<plan>/. Not for clinical use.
+
+As a job array, one run a task (Slurm; --list shows the indices; make the data set first):
+
+  python -m ctutils synth data/synthetic_full --train 8001 --val 1000 --test 1000
+  sbatch --array=0-11 --gres=gpu:1 --wrap 'python -m ctutils sweep PLAN.toml --index $SLURM_ARRAY_TASK_ID'
+"""
+
+
+def _rate(text: str) -> float | str:
+    return text if text == "range" else float(text)
 
 
 def _print(options: argparse.Namespace, content: dict, text: str) -> None:
@@ -188,12 +229,18 @@ def _train(options: argparse.Namespace) -> int:
         weights=options.weights,
         optimizer=options.optimizer,
         lr=options.lr,
+        scheduler=options.scheduler,
+        patience=options.patience,
         batch_size=options.batch_size,
+        at_once=options.at_once,
         size=options.size,
         bn=options.bn,
         standardise=options.standardise,
         unfreeze=options.unfreeze,
+        discriminative=options.discriminative,
         augment=tuple(options.augment),
+        views=options.views,
+        balance=options.balance,
         precision=options.precision,
         seed=options.seed,
     )
@@ -225,6 +272,41 @@ def _train(options: argparse.Namespace) -> int:
         f"weights: {record['weights']['kind']}; {record['seconds']['total']:.0f} s; record in '{out}'",
     )
     return 130 if content["interrupted"] else 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from ctutils.config import get_settings
+    from ctutils.sweep import pack_runs, read_sweep, run_sweep, sweep_status
+
+    settings = get_settings()
+    sweep = read_sweep(options.plan, settings.profile)
+    failed, seconds, packed = {}, 0.0, None
+    if not options.list:
+        say = (lambda text: None) if options.json else _say_above_bar
+        outcome = run_sweep(sweep, settings, index=options.index, keep_weights=options.keep_weights, say=say)
+        failed, seconds = outcome.failed, outcome.seconds
+        if options.pack:
+            packed = pack_runs(sweep, settings, options.pack)
+    table = sweep_status(sweep, settings)
+    content = {
+        "plan": sweep.name,
+        "folder": str(sweep.folder(settings)),
+        "runs": json.loads(table.to_json(orient="records")),
+        "failed": failed,
+        "seconds": round(seconds, 1),
+        "packed": str(packed.parent) if packed else None,
+    }
+    lines = [f"{sweep.title} ({settings})", table.round(3).to_string(index=False, na_rep="")]
+    lines += [f"failed: {name}: {message}" for name, message in failed.items()]
+    lines += [f"records without weights, and sweep.json, in '{packed.parent}'"] if packed else []
+    _print(options, content, "\n".join(lines))
+    return 1 if failed else 0
+
+
+def _say_above_bar(text: str) -> None:
+    from tqdm.auto import tqdm
+
+    tqdm.write(text)
 
 
 def _predict(options: argparse.Namespace) -> int:

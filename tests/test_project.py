@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "explain": {"models"},
     "audit": {"config", "data", "metrics"},
     "pipeline": {"augment", "config", "data", "importers", "models", "features", "training", "metrics", "runs"},
+    "sweep": {"config", "data", "metrics", "models", "pipeline", "runs"},
     "cli": None,  # all
     "__main__": {"cli"},
     "__init__": set(),
