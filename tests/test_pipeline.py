@@ -200,6 +200,213 @@ def test_without_data_the_settings_set_is_taken(plan, settings, tmp_path, monkey
     assert asked == [settings] and run.record["data"]["name"] == "set"
 
 
+# --- Schedules, unfreezing by blocks, balance ---
+
+
+def parts_of(plan: Plan, name: str = SMALL):
+    """Return a network cut in two, frozen as planned, and the names of what learns."""
+    model, _ = build_model(name, "random")
+    pipeline.models.replace_head(model, name, 3)
+    backbone, head = pipeline.models.split_model(model, name)
+    last_block = pipeline._set_learning(model, backbone, head, plan)
+    whole = pipeline.models.join(backbone, head)
+    return whole, last_block, {key for key, value in whole.named_parameters() if value.requires_grad}
+
+
+@pytest.mark.parametrize("name", sorted(pipeline.LAST_BLOCK))
+def test_last_block_is_the_coarsest_resolution(name):
+    with torch.device("meta"):
+        model = pipeline.models._make(pipeline.models.get_spec(name))
+        pipeline.models.replace_head(model, name, 3)
+        backbone, head = pipeline.models.split_model(model, name)
+        sizes = {}
+        for key, part in backbone.named_modules():
+            if isinstance(part, torch.nn.Conv2d):
+                part.register_forward_hook(lambda _m, given, out, key=key: sizes.update({key: out.shape[-1]}))
+        backbone.eval()(torch.zeros(1, 3, 224, 224))
+    pipeline._set_learning(model, backbone, head, Plan(name, unfreeze="last"))
+    whole = pipeline.models.join(backbone, head)
+    learning = {key for key, value in whole.named_parameters() if value.requires_grad}
+    convolutions = [key for key in sizes if f"backbone.{key}.weight" in learning]
+    found, smallest = [sizes[key] for key in convolutions], min(sizes.values())
+    assert found and max(found) <= 2 * smallest, "a block's first convolutions may still see the finer grid"
+    assert sum(size == smallest for size in found) > len(found) / 2
+    assert all(key in learning for key, _ in whole.named_parameters() if key.startswith("head."))
+    assert len(learning) < len(list(whole.parameters())) - 2, "the rest stays frozen"
+
+
+def test_what_learns_and_at_which_rate():
+    whole, last_block, learning = parts_of(Plan(SMALL))
+    assert learning == {"head.3.weight", "head.3.bias"}
+    whole, last_block, learning = parts_of(Plan(SMALL, unfreeze="all"))
+    assert learning == {name for name, _ in whole.named_parameters()}
+    groups = pipeline._parameter_groups(whole, last_block, 0.1)
+    assert [share for _, share in groups] == pytest.approx([1, 0.1, 0.01])
+    assert [len(parameters) for parameters, _ in groups][0] == 2
+    assert {id(p) for p in groups[1][0]} == last_block and sum(len(p) for p, _ in groups) == len(learning)
+    optimizer = pipeline._build_optimizer("adam", groups, 0.5, True)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.5, 0.05, 0.005])
+    (one,) = pipeline._parameter_groups(whole, last_block, 1.0)
+    assert len(one[0]) == len(learning)
+    whole, last_block, _ = parts_of(Plan(SMALL, unfreeze="last"))
+    assert [share for _, share in pipeline._parameter_groups(whole, last_block, 0.1)] == [1, 0.1]
+
+
+def statistics(run) -> dict:
+    return {key: value for key, value in run.load_tensors().items() if key.endswith(("running_mean", "running_var"))}
+
+
+def test_batchnorm_of_an_unfrozen_network(plan, settings, tmp_path):
+    """Frozen: as it came; adapted: estimated anew and then kept; trained: moved with the weights."""
+    runs = {}
+    for bn in ("frozen", "adapt", "train"):
+        more = change(plan, unfreeze="all", bn=bn, epochs=1, lr=1e-2)
+        runs[bn] = run_plan(more, settings, tmp_path / bn, say=lambda text: None)
+        assert (runs[bn].record["bn"], runs[bn].record["trained"]) == (bn, "all")
+    found = {bn: statistics(run) for bn, run in runs.items()}
+    assert all((found["frozen"][key] == key.endswith("var")).all() for key in found["frozen"]), "0 and 1 at the start"
+    learned = {bn: run.load_tensors()["backbone.features.0.1.weight"] for bn, run in runs.items()}
+    assert (learned["frozen"] == 1).all() and (learned["adapt"] == 1).all() and not (learned["train"] == 1).all()
+    head_only = run_plan(change(plan, bn="adapt"), settings, tmp_path / "head", say=lambda text: None)
+    adapted = {key.removeprefix("bn."): value for key, value in head_only.load_tensors().items() if key[:3] == "bn."}
+    for key, value in adapted.items():
+        np.testing.assert_allclose(found["adapt"][f"backbone.{key}"], value, rtol=1e-4, atol=1e-5)
+        assert not np.array_equal(found["train"][f"backbone.{key}"], value)
+
+
+def test_last_block_of_random_weights_stands_on_adapted_statistics(plan, settings, room, tmp_path):
+    run = run_plan(change(plan, unfreeze="last", epochs=1), settings, tmp_path / "run", say=lambda text: None)
+    assert (run.record["trained"], run.record["bn"]) == ("last", "train")
+    tensors, start = run.load_tensors(), build_model(SMALL, "random")[0].state_dict()
+    key = "backbone.features.{}.0.weight"
+    assert np.array_equal(tensors["backbone.features.0.0.weight"], start["features.0.0.weight"])
+    assert not np.array_equal(tensors["backbone.features.16.0.weight"], start["features.16.0.weight"]), key
+    assert not (tensors["backbone.features.0.1.running_var"] == 1).all()
+    check_predictions(run, room)
+
+
+@pytest.mark.parametrize("scheduler", sorted(pipeline.SCHEDULERS))
+def test_schedule_of_the_record(plan, settings, tmp_path, scheduler):
+    run = run_plan(change(plan, scheduler=scheduler, epochs=4), settings, tmp_path / "run", say=lambda text: None)
+    rates = run.history["lr"].tolist()
+    names = {"none": "none", "step": "StepLR", "cosine": "CosineAnnealingLR", "onecycle": "OneCycleLR"}
+    assert run.record["scheduler"]["name"] == names[scheduler]
+    assert run.record["optimizer"]["lr"] == 1e-3
+    if scheduler in ("none", "step"):
+        assert rates == [1e-3] * 4
+    elif scheduler == "cosine":
+        assert rates == pytest.approx([1e-3 * (1 + np.cos(np.pi * k / 4)) / 2 for k in range(4)])
+    else:
+        assert rates[0] == pytest.approx(1e-3 / 25) and rates[1] > rates[0] and rates[3] < max(rates)
+
+
+def test_early_stopping_in_the_record(plan, settings, tmp_path):
+    run = run_plan(change(plan, patience=1, epochs=50, lr=0.3), settings, tmp_path / "run", say=lambda text: None)
+    assert run.record["patience"] == 1 and len(run.history) == run.record["best_epoch"] + 1 < 50
+
+
+def test_rate_by_a_range_test(plan, settings, tmp_path):
+    run = run_plan(change(plan, lr="range", optimizer="sgd"), settings, tmp_path / "run", say=lambda text: None)
+    tried = run.record["lr_range"]
+    best = min(tried, key=lambda point: point["val_loss"])["lr"]
+    assert run.record["optimizer"]["lr"] == pytest.approx(best / 3) and len(tried) > 5
+    assert run.history["lr"][0] == pytest.approx(best / 3)
+    again = run_plan(change(plan, lr="range", optimizer="sgd"), settings, tmp_path / "b", say=lambda text: None)
+    assert numbers(again) == numbers(run)
+
+
+def test_imbalance_and_its_cures(plan, settings, tmp_path, monkeypatch):
+    root = write_set(tmp_path / "set", per_class=12)
+    mine = dataclasses.replace(settings, cache_dir=tmp_path / "cache")
+    losses, real = {}, pipeline.train_model
+    monkeypatch.setattr(
+        pipeline,
+        "train_model",
+        lambda *a, **kw: losses.update({balance: a[1].weight, "loader": a[4]["train"]}) or real(*a, **kw),
+    )
+    runs = {}
+    for balance in ("none", "loss", "sampler"):
+        one = change(plan, data=root, imbalance=6.0, balance=balance)
+        runs[balance] = run_plan(one, mine, tmp_path / balance, say=lambda text: None)
+        assert (runs[balance].record["balance"], runs[balance].record["imbalance"]) == (balance, 6)
+        counts = runs[balance].record["data"]["counts"]
+        assert list(counts["train"].values()) == [12, 5, 2] and list(counts["test"].values()) == [12] * 3
+    assert losses["none"] is None and losses["sampler"] is None
+    assert losses["loss"].tolist() == pytest.approx([19 / 36, 19 / 15, 19 / 6])
+    torch.manual_seed(0)
+    drawn = torch.cat([labels for _ in range(20) for _, labels in losses["loader"]]).bincount()
+    assert drawn.min() > 0.25 * drawn.sum(), "the sampler draws the classes alike"
+    assert len({str(numbers(run)) for run in runs.values()}) == 3
+
+
+def test_views_are_cached_and_change_the_training(plan, settings, tmp_path, monkeypatch):
+    calls, real = [], pipeline.cached_features
+    monkeypatch.setattr(pipeline, "cached_features", lambda *a, **kw: calls.append(kw) or real(*a, **kw))
+    plain = run_plan(plan, settings, tmp_path / "plain", say=lambda text: None)
+    some = run_plan(change(plan, augment=("flip",), views=3), settings, tmp_path / "views", say=lambda text: None)
+    assert [kw.get("views") for kw in calls] == [None, None, 3] and calls[2]["augmentations"] == ("flip",)
+    assert len(calls[2]["rows"]) == 12 and some.record["views"] == 3 and some.record["trained"] == "head"
+    assert numbers(some) != numbers(plain)
+    assert numbers(run_plan(change(plan, augment=("flip",), views=3), settings, tmp_path / "b")) == numbers(some)
+
+
+def test_memory_that_does_not_hold_the_batch(plan, settings, tmp_path, monkeypatch, caplog):
+    real, seen = pipeline.models.join, []
+
+    def hungry(*args):
+        whole = real(*args)
+
+        def look(_module, inputs):
+            seen.append(len(inputs[0]))
+            if len(inputs[0]) > 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        whole.register_forward_pre_hook(look)
+        return whole
+
+    monkeypatch.setattr(pipeline.models, "join", hungry)
+    one = change(plan, unfreeze="all", epochs=1)
+    run = run_plan(one, settings, tmp_path / "run", say=lambda text: None)
+    assert (run.record["batch_size"], run.record["at_once"]) == (8, 4)
+    assert len([text for text in caplog.messages if "Out of memory" in text]) == 1
+    assert [n for n in seen if n > 4] == [8], "asked once more after it was known"
+    given = run_plan(change(one, at_once=2), settings, tmp_path / "given", say=lambda text: None)
+    assert given.record["at_once"] == 2 and given.record["batch_size"] == 8
+
+
+def test_test_split_of_another_set(plan, settings, tmp_path):
+    for name, classes in (("a", CLASSES), ("b", CLASSES), ("other", ("x", "y", "z"))):
+        write_set(tmp_path / name, per_class=3 if name == "a" else 4, classes=classes)
+    write_set(tmp_path / "no test", splits=("train", "val"), per_class=3)
+    mine = dataclasses.replace(settings, cache_dir=tmp_path / "cache")
+    one = change(plan, data=tmp_path / "a", test_data=tmp_path / "b")
+    folder = pipeline.load_plan_data(one, mine)
+    counts = {split: len(folder.rows(split)) for split in ("train", "val", "test")}
+    assert counts == {"train": 9, "val": 9, "test": 12} and folder.name == "a, tested on b"
+    assert all((folder.root / path).is_file() for path in folder.slices["path"])
+    assert set(folder.slices["path"].str.split("/").str[0]) == {"a", "b"}
+    alone = data.load_folder(tmp_path / "a", cache=tmp_path / "cache")
+    assert folder.fingerprint not in (alone.fingerprint, "")
+    with user_error("classes ('x', 'y', 'z')"):
+        pipeline.load_plan_data(change(one, test_data=tmp_path / "other"), mine)
+    with user_error("no test split in 'no test'"):
+        pipeline.load_plan_data(change(one, test_data=tmp_path / "no test"), mine)
+
+
+def test_depthwise_networks_train_in_float32_on_a_cpu(plan, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "choose_precision", lambda *_: "bfloat16")
+    asked, real = [], pipeline.train_model
+    monkeypatch.setattr(
+        pipeline, "train_model", lambda *a, **kw: asked.append(kw["batching"].bfloat16) or real(*a, **kw)
+    )
+    for precision, depthwise in (("auto", (SMALL,)), ("auto", ()), ("bfloat16", (SMALL,))):
+        monkeypatch.setattr(pipeline, "DEPTHWISE", depthwise)
+        one = change(plan, unfreeze="last", precision=precision, epochs=1)
+        run = run_plan(one, settings, tmp_path / "run", say=lambda text: None)
+        assert (run.record["precision"] == "bfloat16") == asked[-1]
+    assert asked == [False, True, True]
+
+
 # --- By count ---
 
 
@@ -328,6 +535,18 @@ def test_new_run_does_not_take_up_an_old_checkpoint(plan, settings, random_run, 
         ({"batch_size": -4}, ("batch size -4",)),
         ({"size": 0}, ("size 0", "64 or more")),
         ({"size": 63}, ("size 63",)),
+        ({"scheduler": "linear"}, ("scheduler 'linear'", "none, step, cosine, onecycle")),
+        ({"unfreeze": "some"}, ("unfreeze 'some'", "none, last, all")),
+        ({"balance": "luck"}, ("balance 'luck'", "none, loss, sampler")),
+        ({"bn": "melt"}, ("bn 'melt'", "adapt")),
+        ({"bn": "train"}, ("frozen backbone", "unfreeze")),
+        ({"lr": "auto"}, ("learning rate of auto", "range")),
+        ({"discriminative": 0.0}, ("discriminative 0.0",)),
+        ({"discriminative": 2.0}, ("discriminative 2.0",)),
+        ({"views": -1}, ("views -1",)),
+        ({"patience": 0}, ("patience 0",)),
+        ({"at_once": 0}, ("at_once 0",)),
+        ({"imbalance": 0.5}, ("imbalance 0.5",)),
     ],
     ids=str,
 )
