@@ -333,9 +333,10 @@ def load_sweep(sweep: Sweep, settings: Settings) -> dict[tuple[str, str], list[R
 def compare_settings(sweep: Sweep, runs: dict[tuple[str, str], list[Run]], split: str = "test") -> pd.DataFrame:
     """Return one row a setting and backbone: its points over seeds, and its difference to the one it is against.
 
-    Columns: setting, backbone, points (macro F1, one a seed), mean, against, difference (of the means over seeds),
-    low, high (95 % interval of the difference over slices), seeds_agree (seeds whose own difference has the same
-    sign, e.g. "3 of 3"), verdict. The last five are empty where there is nothing to compare with.
+    Columns: setting, backbone, points (macro F1, one a seed), mean, against, difference (of the means over
+    seeds), low, high (95 % interval of the difference over slices), seed_differences (one a seed), seeds_agree
+    (seeds whose own difference has the same sign, e.g. "3 of 3"), verdict. From `difference` on they are empty
+    where there is nothing to compare with.
 
     Args:
         runs: from `load_sweep`.
@@ -359,9 +360,11 @@ def compare_settings(sweep: Sweep, runs: dict[tuple[str, str], list[Run]], split
             scores = [[run.y_score(split) for run in some] for some in (ours, theirs)]
             found = seeds_difference(y_true, *scores, names=(setting, against))
             other = [run.record["scores"][split]["macro_f1"] for run in theirs]
-            same = sum((a - b) * found.difference > 0 for a, b in zip(points, other, strict=False))
+            apart = [a - b for a, b in zip(points, other, strict=False)]
+            same = sum(value * found.difference > 0 for value in apart)
             row |= {"difference": found.difference, "low": found.low, "high": found.high}
-            row |= {"seeds_agree": f"{same} of {min(len(points), len(other))}", "verdict": found.verdict}
+            row |= {"seed_differences": tuple(round(value, 4) for value in apart)}
+            row |= {"seeds_agree": f"{same} of {len(apart)}", "verdict": found.verdict}
         rows.append(row)
     columns = [
         "setting",
@@ -372,6 +375,7 @@ def compare_settings(sweep: Sweep, runs: dict[tuple[str, str], list[Run]], split
         "difference",
         "low",
         "high",
+        "seed_differences",
         "seeds_agree",
         "verdict",
     ]

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import user_error
 from matplotlib.patches import Rectangle
 
 from ctutils import plots
@@ -195,3 +196,26 @@ def test_heat_overlay_covers_the_image():
 def test_errors_say_what_was_found(call, text):
     with pytest.raises(CTError, match=text):
         call()
+
+
+def test_setting_differences_shows_each_comparison_and_greys_what_holds_zero():
+    row = {"setting": "flip", "backbone": "vgg16", "against": "none", "difference": 0.03, "low": 0.01, "high": 0.05}
+    table = pd.DataFrame(
+        [
+            {"setting": "none", "backbone": "vgg16"},
+            {**row, "seed_differences": (0.02, 0.04)},
+            {**row, "setting": "blur", "low": -0.01, "seed_differences": (0.01,)},
+        ]
+    )
+    ax = plots.setting_differences(table)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["flip", "blur"]
+    dots = [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "."]
+    assert dots == [[0.02, 0.04], [0.01]] and "none" in ax.get_xlabel()
+    colours = [line.get_color() for line in ax.lines if line.get_marker() == "."]
+    assert colours[0] != colours[1] == plots.GREY
+    two = pd.concat([table, table.assign(backbone="alexnet")])
+    assert plots.setting_differences(two).get_yticklabels()[0].get_text() == "flip, vgg16"
+    with user_error("the comparison without a row"):
+        plots.setting_differences(table.iloc[:1])
+    with user_error("the table without", "seed_differences"):
+        plots.setting_differences(table.drop(columns="seed_differences"))
