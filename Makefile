@@ -6,7 +6,7 @@ PY = .venv/bin/python
 PIP_QUIET = $(if $(CI),--quiet --progress-bar off)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab notebooks lint bench bench-peers clean
+.PHONY: help run test lab notebooks lint bench bench-peers gpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -34,6 +34,10 @@ bench: .venv/.installed ## the benchmark table
 
 bench-peers: .venv/.installed ## the same work in other libraries, in an environment of its own
 	$(PY) tests/bench/peers.py
+
+PROFILE ?= full
+gpu: .venv/.installed ## on a GPU: the deck's six backbones at full size, head and all layers; records in data/reference_runs/full
+	CT_PROFILE=$(PROFILE) $(PY) -m ctutils sweep notebooks/plans/gpu.toml --pack "$(or $(OUT),data/reference_runs/$(PROFILE))"
 
 clean: ## remove caches and executed copies; data sets, run records and .venv stay
 	rm -rf .pytest_cache .ruff_cache build dist *.egg-info data/cache data/executed

@@ -76,7 +76,7 @@ class Plan:
         at_once: slices that go through the network at a time; their gradients add up to the batch's.
         bn: frozen, adapt (statistics estimated anew, then frozen), train (of the layers that learn), drift
             (the deck's), or auto: train with `unfreeze`, else adapt for random weights and frozen for real ones.
-        standardise: features of a frozen backbone to mean 0, sd 1 on the training slices.
+        standardise: features to mean 0, sd 1 on the training slices, as they are before the training.
         unfreeze: none, last (the last block) or all.
         discriminative: the last block's rate as a share of the head's; earlier layers get its square.
         augment: names of `AUGMENTATIONS`; views: 0 changes every slice anew in every epoch, K > 0 caches the
@@ -169,8 +169,8 @@ def run_plan(
         if bn == "auto":
             bn = "train" if plan.unfreeze != "none" else "adapt" if weights.kind == "random" else "frozen"
         images = {"mean": spec.mean, "std": spec.std}
-        # Random weights with random statistics let hardly anything through: a frozen part needs them adapted.
-        if bn == "adapt" or (bn == "train" and plan.unfreeze == "last" and weights.kind == "random"):
+        # Statistics of random weights say nothing until they are estimated; training moves them on from there.
+        if bn == "adapt" or (bn == "train" and weights.kind == "random"):
             slices = make_loaders(folder, store, **images, batch_size=16)["train"]
             seen = models.adapt_batchnorm(backbone, itertools.islice(slices, 16), settings.device)  # 256 are enough
             if bn == "adapt" and not seen:
@@ -183,7 +183,7 @@ def run_plan(
 
         drift = bn == "drift"
         on_features = not (plan.unfreeze != "none" or (plan.augment and not plan.views) or drift)
-        standardised = plan.standardise and plan.unfreeze == "none" and not drift
+        standardised = plan.standardise and not drift
         features_seconds, views = 0.0, None
         if on_features or standardised:
             described = {"name": spec.name, "fingerprint": folder.fingerprint, **images, "cache": settings.cache_dir}
@@ -203,6 +203,7 @@ def run_plan(
             if plan.precision == "auto" and settings.device == "cpu" and spec.name in DEPTHWISE:
                 precision = "float32"
             reuse_large_blocks()
+            torch.backends.cudnn.benchmark = True  # every batch but the last has one shape
             trained = models.join(backbone, head).to(settings.device, memory_format=torch.channels_last)
             options = {"batch_size": batch_size, "augment": augment, "device": settings.device}
             loaders = make_loaders(folder, store, **images, **options)

@@ -18,7 +18,7 @@ from ctutils.models import BACKBONES, build_model
 from ctutils.runs import claim, load_run
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("synth", "check", "import", "train", "predict", "results")
+COMMANDS = ("synth", "check", "import", "train", "sweep", "predict", "results")
 REAL, SMALL = "efficientnet_lite0", "mobilenet_v3_large"
 QUICK = ["--size", "64", "--epochs", "2", "--precision", "float32"]
 
@@ -158,11 +158,33 @@ def test_train_without_test_split_says_so(call, call_json, tmp_path):
     assert "half of the validation slices" in call(*words)[1]
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--unfreeze"], {"trained": "all"}),
+        (["--unfreeze-last", "--discriminative", "0.3"], {"trained": "last", "discriminative": 0.3}),
+        (["--lr", "range", "--scheduler", "onecycle"], {"trained": "head", "balance": "none"}),
+        (["--augment", "blur", "flip", "--views", "2"], {"augment": ["blur", "flip"], "views": 2, "trained": "head"}),
+        (["--balance", "sampler", "--patience", "3", "--at-once", "4"], {"balance": "sampler", "patience": 3}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_train_hands_its_choices_on(call_json, project, tmp_path, words, expected):
+    quick = [*QUICK, "--epochs", "1", "--backbone", SMALL, "--weights", "random"]
+    call_json("train", project / "set", "--out", tmp_path / "run", *quick, *words)
+    record = load_run(tmp_path / "run").record
+    assert {key: record[key] for key in expected} == expected
+    if "range" in words:
+        assert record["lr_range"] and record["scheduler"]["name"] == "OneCycleLR"
+
+
 USER_ERRORS = {
     "backbone": (["--backbone", "resnet51"], "backbone 'resnet51'"),
     "optimizer": (["--optimizer", "lion"], "optimizer 'lion'"),
     "precision": (["--precision", "half"], "precision 'half'"),
-    "augmentation": (["--augment", "blur"], "blur"),
+    "augmentation": (["--augment", "warp"], "warp"),
+    "schedule": (["--scheduler", "linear"], "scheduler 'linear'"),
+    "balance": (["--balance", "luck"], "balance 'luck'"),
     "rate": (["--lr", "-1"], "learning rate of -1"),
     "epochs": (["--epochs", "0"], "epochs 0"),
     "batch": (["--batch-size", "0"], "batch size 0"),
