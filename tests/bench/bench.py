@@ -1,6 +1,6 @@
 """Measure the course's way against the deck's plain loop, on synthetic slices: `make bench`.
 
-    python tests/bench/bench.py [--only a six b c e f] [--quick] [--backbones resnet50 ...] [--repetitions 5]
+    python tests/bench/bench.py [--only a six b c e f g p m] [--quick] [--backbones resnet50 ...] [--repetitions 5]
 
 Sections:
     a    the deck's loop against ours, end to end, caches cold and warm; macro F1 of both over head seeds
@@ -9,6 +9,9 @@ Sections:
     c    building the decoded store against one PIL process
     e    growth with epochs and with slices
     f    peak memory
+    g    batch sizes, and whether torch.compile or OpenVINO (if installed) would pay within a run
+    p    bfloat16 against float32: macro F1 of heads over seeds, on the course's standard synthetic set
+    m    memory while a store of 1,000, 10,000 and 100,000 slices is built (small ones, linked copies of a few)
 (d, fastai and Lightning, is peers.py.) Every repetition is a process of its own and the sides take turns, so
 that a ratio compares neighbours in time. CPU seconds include all children. Prints tables and writes
 data/bench/bench.json. Needs Linux or macOS.
@@ -19,6 +22,8 @@ import copy
 import json
 import os
 import platform
+import re
+import resource
 import shutil
 import statistics
 import subprocess
@@ -31,7 +36,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SIX = ("vgg16", "alexnet", "resnet50", "resnet152", "densenet161", "mobilenet_v3_large")
-SECTIONS = ("a", "six", "b", "c", "e", "f")
+SECTIONS = ("a", "six", "b", "c", "e", "f", "g", "p", "m")
 DECK_SLICES = 9001
 CLOCKS = {"work_cpu": "CPU, work", "work_wall": "wall, work", "cpu": "CPU, process", "wall": "wall, process"}
 
@@ -77,7 +82,7 @@ def plain_loop(job: dict) -> dict:
     optimizer = torch.optim.Adam(model.get_submodule(job["head"]).parameters(), lr=0.001)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
     scores, best_state = [], None
-    before = work()["work_wall"]
+    before = work()
     for _ in range(job["epochs"]):
         for phase in ("train", "val"):
             model.train(phase == "train")
@@ -105,7 +110,8 @@ def plain_loop(job: dict) -> dict:
         scheduler.step()
     model.load_state_dict(best_state)
     done = work()
-    return {"macro_f1": max(scores), "growing": done["work_wall"] - before, **done}
+    growing = {"growing": done["work_wall"] - before["work_wall"], "growing_cpu": done["work_cpu"] - before["work_cpu"]}
+    return {"macro_f1": max(scores), **growing, **done}
 
 
 def work_clock() -> Callable[[], dict[str, float]]:
@@ -133,6 +139,7 @@ def bare_network(name: str):
 
 def our_way(job: dict) -> dict:
     """`run_plan`, one backbone after another over one store, as `python -m ctutils train` calls it."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is there
     import dataclasses
 
     import sklearn.model_selection  # noqa: F401  (halves the validation split)
@@ -251,12 +258,138 @@ def head_scores(job: dict) -> dict:
     return {**scores, "precision": precision, "feature_difference": float((ours - plain).norm() / plain.norm())}
 
 
+def precision_scores(job: dict) -> dict:
+    """Test macro F1 of several head seeds on features in float32 and in bfloat16; all else equal."""
+    import torch
+    from torch import nn
+
+    from ctutils import models
+    from ctutils.data import build_store, feature_loaders, load_folder, make_loaders
+    from ctutils.features import extract_features
+    from ctutils.metrics import macro_f1
+    from ctutils.training import evaluate, train_model
+
+    spec, cache = models.get_spec(job["backbone"]), Path(job["cache"])
+    folder = load_folder(job["data"], cache=cache)
+    store = build_store(folder, job["size"], cache=cache)
+    model, weights = models.build_model(spec.name, job["weights"])
+    models.replace_head(model, spec.name, len(folder.classes))
+    models.freeze(model, train=models.get_module(model, spec.head))
+    backbone, head = models.split_model(model.eval(), spec.name)
+    if weights.kind == "random":
+        loader = make_loaders(folder, store, mean=spec.mean, std=spec.std, batch_size=32)["train"]
+        models.adapt_batchnorm(backbone, [next(iter(loader))])
+    found: dict = {"weights": weights.kind}
+    for precision in ("float32", "bfloat16"):
+        features = extract_features(backbone, store, mean=spec.mean, std=spec.std, precision=precision)
+        loaders, scores = feature_loaders(folder, features, batch_size=job["batch_size"]), []
+        for seed in range(job["seeds"]):
+            trained = models.standardise_head(copy.deepcopy(head), features[folder.rows("train")])
+            torch.manual_seed(seed)
+            [layer for layer in trained.modules() if isinstance(layer, nn.Linear)][-1].reset_parameters()
+            optimizer = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], lr=0.001)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
+            train_model(trained, nn.CrossEntropyLoss(), optimizer, scheduler, loaders, job["epochs"], seed=seed)
+            _, y_true, y_score = evaluate(trained, loaders[job["split"]])
+            scores.append(macro_f1(y_true, y_score.argmax(1), y_score.shape[1]))
+        found[precision] = scores
+    return found
+
+
+def compilers(job: dict) -> dict:
+    """Seconds until ready and images/s of our copy, torch.compile and OpenVINO; and of ours at other batch sizes."""
+    import numpy as np
+    import torch
+
+    from ctutils import base, inference, models
+
+    spec = models.get_spec(job["backbone"])
+    torch.manual_seed(0)
+    backbone = models.split_model(bare_network(spec.name), spec.name)[0].eval()
+    precision = inference.choose_precision("auto", "cpu")
+    dtype = getattr(torch, precision)
+    images = torch.randn(64, 3, job["size"], job["size"]).contiguous(memory_format=torch.channels_last)
+    base.reuse_large_blocks()
+
+    def timed(make: Callable, batch_size: int = 16) -> dict[str, float]:
+        begin = time.perf_counter()
+        call = make()
+        call(images[:batch_size])
+        ready, times = time.perf_counter() - begin, []
+        while sum(times) < job["seconds"] or len(times) < 3:
+            begin = time.perf_counter()
+            call(images[:batch_size])
+            times.append(time.perf_counter() - begin)
+        return {"ready": ready, "rate": batch_size / statistics.median(times)}
+
+    def ours() -> Callable:
+        fast = inference.inference_copy(backbone, precision)
+        return lambda x: fast(x.to(dtype))
+
+    def compiled() -> Callable:
+        inference._onednn_fuses = lambda: False
+        fast = torch.compile(inference.inference_copy(backbone, precision))
+        return lambda x: fast(x.to(dtype))
+
+    def openvino() -> Callable:
+        import openvino as ov
+
+        model = ov.convert_model(backbone, example_input=images[:1].contiguous())
+        hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32"}
+        ready = ov.Core().compile_model(model, "CPU", hint)
+        arrays: dict[int, np.ndarray] = {}
+
+        def call(x):
+            if len(x) not in arrays:
+                arrays[len(x)] = np.ascontiguousarray(x.numpy())
+            return ready(arrays[len(x)])
+
+        return call
+
+    with torch.no_grad():
+        found: dict = {"precision": precision, "batch": {}}
+        for batch_size in (4, 8, 16, 32, 64):
+            found["batch"][batch_size] = timed(ours, batch_size)["rate"]
+        found["ours"] = timed(ours)
+        for name, make in (("torch.compile", compiled), ("OpenVINO", openvino)):
+            try:
+                found[name] = timed(make)
+            except Exception as error:  # not installed, no C++ compiler, ...
+                found[name] = {"missing": f"{type(error).__name__}: {error}".splitlines()[0][:100]}
+    return found
+
+
+def build_many(job: dict) -> dict:
+    """Build a store of many slices; `peak_mb` of the process is what counts."""
+    from ctutils.data import build_store, load_folder
+
+    folder = load_folder(job["data"], cache=Path(job["cache"]))
+    table = folder.slices.memory_usage(deep=True).sum() / (1 << 20)
+    begin, before = time.perf_counter(), _resident_mb()
+    store = build_store(folder, job["size"], cache=Path(job["cache"]))
+    return {
+        "slices": len(store),
+        "table_mb": float(table),
+        "before_mb": before,
+        "after_mb": _resident_mb(),
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _resident_mb() -> float:
+    """Return the most memory that this process has held, in MB."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count what the parent held before this program began
+        return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / (1 << 10)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
+
+
 def forward_pass(job: dict) -> dict:
     """Images/s of one backbone: plain float32 first (the allocator untouched), then ours; and large GEMMs."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ctutils import base, features, models
+    from ctutils import base, inference, models
 
     spec, device = models.get_spec(job["backbone"]), torch.device(job["device"])
     torch.manual_seed(0)
@@ -283,11 +416,11 @@ def forward_pass(job: dict) -> dict:
         base.reuse_large_blocks()
         images = images.contiguous(memory_format=torch.channels_last)
         for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            fast, cast = features.inference_copy(backbone, name).to(device), images.to(dtype)
+            fast, cast = inference.inference_copy(backbone, name), images.to(dtype)
             found[name] = rate(lambda fast=fast, cast=cast: fast(cast), len(images))
             a, b = (torch.randn(job["matrix"], job["matrix"], device=device).to(dtype) for _ in "ab")
             found[f"gemm_{name}"] = rate(lambda a=a, b=b: a @ b, 2 * job["matrix"] ** 3) / 1e9
-    found["native_bfloat16"] = features.choose_precision("auto", job["device"]) == "bfloat16"
+    found["native_bfloat16"] = inference.choose_precision("auto", job["device"]) == "bfloat16"
     return found
 
 
@@ -334,6 +467,9 @@ JOBS = {
     "ours": our_way,
     "forward": forward_pass,
     "decode": decode_slices,
+    "compilers": compilers,
+    "precision": precision_scores,
+    "many": build_many,
 }
 
 
@@ -346,7 +482,7 @@ def measure(name: str, job: dict, *, python: str = sys.executable, script: str =
     Args:
         watch: look at the memory of the whole process family five times a second (it costs some time).
     Returns:
-        cpu and wall seconds (children included), peak_mb of the largest process, family_mb if watched, and
+        cpu and wall seconds (children included), peak_mb of the process, family_mb if watched, and
         what the job returned.
     Raises:
         SystemExit: the job failed; its last lines of output are shown.
@@ -368,8 +504,7 @@ def measure(name: str, job: dict, *, python: str = sys.executable, script: str =
         if process.returncode:
             raise SystemExit(f"The job {name} failed:\n" + "\n".join(log.read_text().splitlines()[-15:]))
         found = json.loads(answer.read_text())
-    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10  # ru_maxrss: bytes there, KB on Linux
-    found |= {"cpu": usage.ru_utime + usage.ru_stime, "wall": wall, "peak_mb": usage.ru_maxrss / unit}
+    found |= {"cpu": usage.ru_utime + usage.ru_stime, "wall": wall}
     return found | ({"family_mb": max(peak, default=0.0)} if watch else {})
 
 
@@ -393,7 +528,8 @@ def _watch_memory(pid: int, peak: list[float]) -> None:
 def run_job(arguments: list[str], jobs: dict[str, Callable]) -> None:
     """The other end of `measure`."""
     name, job, answer = arguments
-    Path(answer).write_text(json.dumps(jobs[name](json.loads(job))))
+    found = jobs[name](json.loads(job))
+    Path(answer).write_text(json.dumps({**found, "peak_mb": _resident_mb()}))
     sys.stdout.flush()
     os._exit(0)  # Python's good-bye to torch takes more than a second, on every side alike
 
@@ -542,14 +678,25 @@ def section_a(bench: Bench) -> dict:
 
 
 def section_six(bench: Bench) -> dict:
-    """All backbones over one store; the plain loops are those of section a where it ran, else run here."""
+    """All backbones over one store; the plain loops are those of section a where it ran, else two epochs of them.
+
+    Every epoch of the plain loop does the same work, so two epochs stand for ten: their seconds are multiplied.
+    """
     options = bench.options
     names = options.backbones if options.quick else list(SIX)
     slices = options.train + options.val
     plain = {}
     for name in names:
         known = bench.results.get("a", {}).get(name)
-        plain[name] = known["runs"]["plain"] if known else [measure("plain", bench.job(name))]
+        if known:
+            plain[name] = known["runs"]["plain"]
+        else:
+            few = min(2, options.epochs)
+            run = measure("plain", bench.job(name, epochs=few))
+            for clock in CLOCKS:
+                run[clock] += run["growing_cpu" if "cpu" in clock else "growing"] * (options.epochs / few - 1)
+            run["growing"] *= options.epochs / few
+            plain[name] = [run]
         print(f"  plain loop of {name}: {middle([run['wall'] for run in plain[name]]):.0f} s", flush=True)
     ours = bench.cold(names[0], backbones=[name for name in names if bench.weights(name)])
     total = {clock: sum(middle([run[clock] for run in runs]) for runs in plain.values()) for clock in CLOCKS}
@@ -683,7 +830,86 @@ def section_f(bench: Bench) -> dict:
     rows = [
         [name, side, run["peak_mb"], run["family_mb"]] for name, result in found.items() for side, run in result.items()
     ]
-    print_table("f. Peak memory, MB", ["backbone", "side", "largest process", "whole family"], rows)
+    print_table("f. Peak memory, MB", ["backbone", "side", "main process", "whole family"], rows)
+    return found
+
+
+def section_g(bench: Bench) -> dict:
+    """Ready in how many seconds, how fast then, and after how many slices that beats ours."""
+    options, found = bench.options, {}
+    for name in options.backbones:
+        found[name] = measure(
+            "compilers", {"backbone": name, "size": options.size, "seconds": 0.2 if options.quick else 3.0}
+        )
+    rows, ours = [], {}
+    for name, result in found.items():
+        ours = result["ours"]
+        for way in ("ours", "torch.compile", "OpenVINO"):
+            it = result[way]
+            if "missing" in it:
+                rows.append([name, way, it["missing"], "", ""])
+                continue
+            gain = 1 / ours["rate"] - 1 / it["rate"]  # seconds a slice
+            pays = "" if way == "ours" else "never" if gain <= 0 else f"{(it['ready'] - ours['ready']) / gain:.0f}"
+            rows.append([name, way, it["ready"], it["rate"], pays])
+    title = "g. Ways to run the one pass, batch 16"
+    print_table(title, ["backbone", "way", "ready after s", "images/s", "pays after slices"], rows)
+    rows = [[name, *result["batch"].values()] for name, result in found.items()]
+    print_table("g. Ours by batch size, images/s", ["backbone", *next(iter(found.values()))["batch"]], rows)
+    return found
+
+
+def section_p(bench: Bench) -> dict:
+    """Macro F1 on bfloat16 and float32 features over head seeds."""
+    from ctutils.phantom import write_dataset
+
+    options, found = bench.options, {}
+    if options.quick:
+        data, split = bench.standard_data(), "val"
+    else:
+        data, split = write_dataset(ROOT / "data" / "synthetic", train=800, val=200, test=400), "test"
+    for name in options.backbones if options.quick else dict.fromkeys(["efficientnet_lite0", *options.backbones]):
+        job = {"backbone": name, "data": str(data), "weights": options.weights, "size": options.size, "split": split}
+        job |= {"cache": str(bench.folder / "cache"), "batch_size": 16, "epochs": options.epochs}
+        found[name] = measure("precision", {**job, "seeds": options.seeds})
+    rows = []
+    for name, result in found.items():
+        means = [statistics.mean(result[precision]) for precision in ("float32", "bfloat16")]
+        spread = statistics.stdev(result["float32"])
+        rows.append([name, result["weights"], *(f"{value:.4f}" for value in (*means, means[1] - means[0], spread))])
+    columns = ["backbone", "weights", "float32", "bfloat16", "difference", "seed sd (float32)"]
+    print_table(f"p. Macro F1 on {split}, mean over {options.seeds} head seeds", columns, rows)
+    return found
+
+
+def section_m(bench: Bench) -> dict:
+    """Memory over the number of slices: a few small slices, linked many times."""
+    few = bench.data(40, 10) if bench.options.quick else bench.data(200, 50)
+    sources = sorted(path for path in (few / "train").rglob("*.png"))
+    found = {}
+    from PIL import Image
+
+    for count in (50, 500) if bench.options.quick else (1_000, 10_000, 100_000):
+        with tempfile.TemporaryDirectory(dir=bench.folder) as scratch:
+            small = []
+            for number, source in enumerate(sources[:20]):
+                small.append(Path(scratch, f"{number}.png"))
+                Image.open(source).resize((96, 96)).save(small[-1])
+            root = Path(scratch, "set")
+            for split, share in (("train", 0.8), ("val", 0.2)):
+                for name in ("a", "b"):
+                    folder = root / split / name
+                    folder.mkdir(parents=True)
+                    for number in range(int(count * share / 2)):
+                        os.link(small[number % len(small)], folder / f"{number:06d}.png")
+            job = {"data": str(root), "cache": str(Path(scratch, "cache")), "size": 96}
+            found[count] = measure("many", job)
+    rows = [
+        [r["slices"], r["seconds"], r["table_mb"], r["before_mb"], r["after_mb"], r["after_mb"] - r["before_mb"]]
+        for r in found.values()
+    ]
+    columns = ["slices", "build s", "table MB", "peak before MB", "peak after MB", "the store's own MB"]
+    print_table("m. Memory while the store is built (96 x 96, decoded from small files)", columns, rows)
     return found
 
 
