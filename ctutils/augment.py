@@ -125,20 +125,21 @@ def _randaugment(images):
 # ---------------------------------------------------------------- rare classes
 
 
-def make_imbalanced(folder: SliceFolder, ratio: float, seed: int = 0) -> SliceFolder:
+def make_imbalanced(folder: SliceFolder, ratio: float | None, seed: int = 0) -> SliceFolder:
     """Return the folder with fewer training slices of some classes, for the lesson on rare classes.
 
     Class k of C keeps `smallest * ratio ** (-k / (C - 1))` slices: the first as many as the smallest class has,
-    the last `ratio` times fewer. The slices left out belong to no split; validation and test stay whole.
+    the last `ratio` times fewer; 1 makes all classes equal, None changes nothing. The slices left out belong to
+    no split; validation and test stay whole.
 
     Raises:
         CTError: a ratio below 1.
     Source: notebook 10; "long-tailed" sets: Y. Cui et al., 2019, https://arxiv.org/abs/1901.05555
     """
+    if ratio is None:
+        return folder
     if not ratio >= 1:
         raise CTError(f"an imbalance of {ratio}", "1 or more", "10 makes the rarest class ten times rarer")
-    if ratio == 1:
-        return folder
     rng = np.random.default_rng(seed)
     rows, labels = folder.rows("train"), folder.labels
     of_class = [rows[labels[rows] == k] for k in range(len(folder.classes))]

@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     results = add("results", _results, "the table of all run records")
     results.add_argument("runs", type=Path, nargs="?", help="folder of records (default: data/runs/<profile>)")
     results.add_argument("--markdown", action="store_true", help="print the README's table")
-    results.add_argument("--card", type=Path, metavar="RUN", help="write a model card of one record, as Markdown")
+    results.add_argument("--card", type=Path, metavar="RUN", help="print a record's model card (Markdown)")
     return parser
 
 
@@ -324,6 +324,21 @@ def _predict(options: argparse.Namespace) -> int:
     return 0
 
 
+def _audit_verdicts(run) -> list[str] | None:
+    """Return what the audit said about a run's slices: as `check` left it, or anew where the slices are at hand."""
+    from ctutils.audit import audit, stored_verdicts
+    from ctutils.config import get_settings
+    from ctutils.data import load_folder, shortcut_root
+
+    settings, fingerprint = get_settings(), run.record["data"]["fingerprint"]
+    verdicts = stored_verdicts(fingerprint, settings.cache_dir)
+    for root in (settings.data_dir, shortcut_root(settings)) if verdicts is None else ():
+        with contextlib.suppress(CTError):
+            if load_folder(root, cache=settings.cache_dir).fingerprint == fingerprint:
+                return audit(root, cache=settings.cache_dir).verdicts()
+    return verdicts
+
+
 def _results(options: argparse.Namespace) -> int:
     import pandas as pd
 
@@ -332,7 +347,8 @@ def _results(options: argparse.Namespace) -> int:
     from ctutils.runs import list_runs, load_run
 
     if options.card:
-        text = model_card(load_run(options.card))
+        run = load_run(options.card)
+        text = model_card(run, _audit_verdicts(run))
         _print(options, {"card": text}, text)
         return 0
     folder = options.runs or get_settings().runs_dir

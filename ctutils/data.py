@@ -325,8 +325,14 @@ def default_folder(settings: Settings) -> SliceFolder:
     return load_folder(settings.data_dir, cache=settings.cache_dir)
 
 
+def shortcut_root(settings: Settings) -> Path:
+    """Return where `shortcut_folder` puts its slices: beside the cache."""
+    name = settings.profile.name
+    return settings.cache_dir.parent / ("synthetic_shortcut" + ("" if name == "standard" else f"_{name}"))
+
+
 def shortcut_folder(settings: Settings) -> SliceFolder:
-    """Return the synthetic set in which the sharpness tells the class; made on first use, beside the cache.
+    """Return the synthetic set in which the sharpness tells the class; made on first use.
 
     Patients, findings and counts are those of the profile's own set: only the scanner's kernel differs.
 
@@ -334,9 +340,7 @@ def shortcut_folder(settings: Settings) -> SliceFolder:
     """
     from ctutils.phantom import write_dataset
 
-    size = settings.profile
-    name = "synthetic_shortcut" if size.name == "standard" else f"synthetic_shortcut_{size.name}"
-    out = settings.cache_dir.parent / name
+    size, out = settings.profile, shortcut_root(settings)
     write_dataset(out, train=size.train, val=size.val, test=size.test, seed=settings.seed, shortcut="sharpness")
     return load_folder(out, cache=settings.cache_dir)
 

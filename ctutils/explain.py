@@ -66,8 +66,9 @@ def grad_cam(
     kept = []
 
     def start_here(_module, _inputs, output):
-        # Cut the graph: gradients are wanted from here on, and need no trainable parameter. The clone is for
-        # an in-place ReLU that may follow: it must not overwrite what is kept.
+        # Gradients are wanted from here on only, and need no trainable parameter. The clone is for an in-place
+        # ReLU that may follow: it must not overwrite what is kept.
+        torch.set_grad_enabled(True)
         maps = output.detach().clone().requires_grad_(True)
         kept.append(maps)
         return maps.clone()
@@ -76,7 +77,7 @@ def grad_cam(
     hook = module.register_forward_hook(start_here)
     try:
         model.eval()
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.no_grad():  # until the hook
             device = next((p.device for p in model.parameters()), images.device)
             logits = model(images.detach().clone().to(device))
             if not kept or kept[-1].ndim != 4:
@@ -132,8 +133,9 @@ def heat_in_box(heat: np.ndarray, box: Box) -> float:
         heat: float (H, W), not negative.
         box: left, top, right, bottom in pixels of the heat map (scale it when the picture was resized).
     """
+    heat = np.asarray(heat, np.float64)  # or a box around everything could hold 1.0000001
     total = float(heat.sum())
-    return float(_inside(heat, box).sum()) / total if total > 0 else 0.0
+    return min(1.0, float(_inside(heat, box).sum()) / total) if total > 0 else 0.0
 
 
 def pointing_hit(heat: np.ndarray, box: Box) -> bool:

@@ -76,12 +76,13 @@ class Plan:
         at_once: slices that go through the network at a time; their gradients add up to the batch's.
         bn: frozen, adapt (statistics estimated anew, then frozen), train (of the layers that learn), drift
             (the deck's), or auto: train with `unfreeze`, else adapt for random weights and frozen for real ones.
-        standardise: features to mean 0, sd 1 on the training slices, as they are before the training.
+        standardise: features of a frozen backbone to mean 0, sd 1 on the training slices.
         unfreeze: none, last (the last block) or all.
         discriminative: the last block's rate as a share of the head's; earlier layers get its square.
         augment: names of `AUGMENTATIONS`; views: 0 changes every slice anew in every epoch, K > 0 caches the
             features of K changed copies of every slice and draws from them.
-        balance: none, loss (class weights) or sampler; imbalance: makes classes rarer, see `make_imbalanced`.
+        balance: none, loss (class weights) or sampler; imbalance: makes classes rarer (1: all equal), see
+            `make_imbalanced`.
         precision: of the network on images: float32, bfloat16 or auto; a head on features is always float32.
     """
 
@@ -104,7 +105,7 @@ class Plan:
     augment: tuple[str, ...] = ()
     views: int = 0
     balance: str = "none"
-    imbalance: float = 1.0
+    imbalance: float | None = None
     precision: str = "auto"
     seed: int = 0
 
@@ -175,15 +176,16 @@ def run_plan(
             seen = models.adapt_batchnorm(backbone, itertools.islice(slices, 16), settings.device)  # 256 are enough
             if bn == "adapt" and not seen:
                 bn = "frozen"  # VGG16 and AlexNet have nothing to adapt
-        if bn in ("frozen", "adapt"):  # in eval mode while training, as all that is frozen: see set_train_mode
-            for part in backbone.modules():
-                if isinstance(part, models.BatchNorm):
-                    part.requires_grad_(False)
+        for part in (part for part in backbone.modules() if isinstance(part, models.BatchNorm)):
+            if bn in ("frozen", "adapt"):  # in eval mode while training, as all that is frozen: see set_train_mode
+                part.requires_grad_(False)
+            elif bn == "train":  # MobileNetV3's 0.01 follows the weights only after hundreds of steps
+                part.momentum = max(part.momentum, 0.1)
         parameters = models.count_parameters(model)
 
         drift = bn == "drift"
         on_features = not (plan.unfreeze != "none" or (plan.augment and not plan.views) or drift)
-        standardised = plan.standardise and not drift
+        standardised = plan.standardise and plan.unfreeze == "none" and not drift
         features_seconds, views = 0.0, None
         if on_features or standardised:
             described = {"name": spec.name, "fingerprint": folder.fingerprint, **images, "cache": settings.cache_dir}
@@ -246,6 +248,7 @@ def run_plan(
             batchnorm="drift" if drift else "frozen",
             checkpoint=checkpoint,
             resume=resume,
+            checkpoint_pause=0.0 if on_features else 30.0,
             patience=plan.patience,
             batching=batching,
         )
@@ -395,7 +398,7 @@ def _check(plan: Plan, epochs: int, batch_size: int, size: int, out: Path) -> No
         ("views", plan.views, 0),
         ("at_once", 1 if plan.at_once is None else plan.at_once, 1),
         ("patience", 1 if plan.patience is None else plan.patience, 1),
-        ("imbalance", plan.imbalance, 1),
+        ("imbalance", 1 if plan.imbalance is None else plan.imbalance, 1),
     ):
         if not value >= least:
             raise CTError(f"{name} {value}", f"{least} or more", "ask for more")

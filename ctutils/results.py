@@ -172,7 +172,8 @@ def ensemble(runs: Sequence[Run], method: str = "soft", fit_split: str = "val") 
 
     "soft" is the mean of the probabilities. "weighted" is a weighted mean, the weights (0 or more, sum 1)
     being those with the highest likelihood on `fit_split`. "stack" is a logistic regression on the members'
-    log-probabilities, fitted on `fit_split`. The ensemble's own figures on `fit_split` are therefore optimistic.
+    log-probabilities, fitted on `fit_split` with all classes counting alike, as in macro F1. The ensemble's own
+    figures on `fit_split` are therefore optimistic.
 
     Args:
         runs: two or more, of the same data, in any order of slices.
@@ -320,7 +321,9 @@ def _stack(scores: np.ndarray, labels: np.ndarray, fit: np.ndarray) -> np.ndarra
     table = np.log(scores.clip(1e-4)).transpose(1, 0, 2).reshape(slices, members * classes)
     if len(np.unique(labels[fit])) < 2:
         raise CTError("one class only in the split to fit on", "two classes or more", "use method='soft'")
-    model = LogisticRegression(C=0.1, max_iter=2000).fit(table[fit] - table[fit].mean(axis=0), labels[fit])
+    model = LogisticRegression(C=0.1, class_weight="balanced", max_iter=2000).fit(
+        table[fit] - table[fit].mean(axis=0), labels[fit]
+    )
     combined = np.zeros((slices, classes))  # a class without a slice in the split keeps 0
     combined[:, model.classes_] = model.predict_proba(table - table[fit].mean(axis=0))
     return combined

@@ -246,6 +246,7 @@ def train_model(
     batchnorm: str = "frozen",
     checkpoint: str | Path | None = None,
     resume: bool = False,
+    checkpoint_pause: float = 0.0,
     patience: int | None = None,
     batching: Batching | None = None,
 ) -> TrainResult:
@@ -265,6 +266,7 @@ def train_model(
         batchnorm: `frozen` keeps frozen layers in eval mode; `drift` is the deck's `model.train()`.
         checkpoint: file to save after every epoch, so that an interrupted run can go on.
         resume: go on from `checkpoint` if it is there.
+        checkpoint_pause: seconds between two saves at least; a whole network's checkpoint may be gigabytes.
         patience: stop when the validation macro F1 has not risen for so many epochs (early stopping).
         batching: how a batch goes through the network: accumulation, precision.
     Returns:
@@ -284,7 +286,7 @@ def train_model(
     by_batch = isinstance(scheduler, (OneCycleLR, CyclicLR))
     steps = sum(len(loaders[phase]) for phase in ("train", "val"))
     bar = progress(total=num_epochs * steps, initial=len(history) * steps, desc="Training", unit="batch", leave=False)
-    interrupted = False
+    interrupted, last_save = False, time.perf_counter() if checkpoint_pause else -float("inf")
     try:
         for epoch in range(len(history) + 1, num_epochs + 1):
             if patience and epoch - 1 - best_epoch >= patience:
@@ -310,8 +312,9 @@ def train_model(
             if not best_epoch or row["val_macro_f1"] > best_score:  # the first of equals stays
                 best_epoch, best_score, best_state = epoch, row["val_macro_f1"], _changing_state(model)
             bar.set_postfix_str(f"epoch {epoch}/{num_epochs} val macro F1 {row['val_macro_f1']:.3f}")
-            if checkpoint:
+            if checkpoint and time.perf_counter() - last_save >= checkpoint_pause:
                 _save(checkpoint, model, optimizer, scheduler, seed, history, best_epoch, best_score, best_state)
+                last_save = time.perf_counter()
     except KeyboardInterrupt:
         interrupted = True
     finally:

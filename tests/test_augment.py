@@ -189,7 +189,8 @@ def test_imbalanced_set_loses_training_slices_only(folder):
     assert len(few.slices) == len(folder.slices), "rows of the store must stay where they are"
     assert few.rows("train").tolist() == make_imbalanced(folder, 10).rows("train").tolist()
     assert few.rows("train").tolist() != make_imbalanced(folder, 10, seed=1).rows("train").tolist()
-    assert make_imbalanced(folder, 1) is folder
+    assert make_imbalanced(folder, None) is folder
+    assert make_imbalanced(few, 1).counts()["train"].tolist() == [2, 2, 2]
     assert make_imbalanced(folder, 1000).counts()["train"].min() == 2
     for ratio in (0.5, 0, float("nan")):
         with user_error(f"imbalance of {ratio}", "1 or more"):

@@ -204,7 +204,7 @@ def test_modules_that_are_not_about_torch_do_not_import_it():
 # ---------------------------------------------------------------- Makefile
 
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="no make on this machine")
-TARGETS = ("run", "test", "lab", "notebooks", "bench", "bench-peers", "lint", "clean", "help")
+TARGETS = ("run", "test", "lab", "notebooks", "bench", "bench-peers", "gpu", "lint", "clean", "help")
 
 # Stands for a Python and for the one in the .venv that it makes: writes down how it was called.
 FAKE_PYTHON = """\

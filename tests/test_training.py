@@ -528,6 +528,20 @@ def test_resumed_run_gives_the_numbers_of_one_that_was_not_interrupted(tmp_path,
     assert files_below(tmp_path) == ["새 폴더/a.pt"]
 
 
+def test_checkpoints_keep_their_distance(tmp_path, monkeypatch):
+    saves, real = [], training._save
+    monkeypatch.setattr(training, "_save", lambda *args: saves.append(len(args[5])) or real(*args))
+    options = {"epochs": 4, "checkpoint": tmp_path / "a.pt"}
+    whole = run(**options)
+    assert saves == [1, 2, 3, 4]
+    assert same_result(run(checkpoint_pause=1000.0, **options), whole) and len(saves) == 4
+    clock = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    saves.clear()
+    run(checkpoint_pause=40.0, **options)
+    assert saves and len(saves) < 4, "some epochs pass between two saves"
+
+
 def test_resume_with_batchnorm_and_momentum(tmp_path):
     def go(epochs, **options):
         model = tiny_cnn(dropout=0.2)
