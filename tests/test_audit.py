@@ -15,7 +15,6 @@ from helpers import REAL_CT, files_below, needs_real_ct, user_error
 from PIL import Image, ImageOps
 from scipy import ndimage
 
-from ctutils import audit as audit_module
 from ctutils.audit import (
     audit,
     clean_copy,
@@ -26,6 +25,10 @@ from ctutils.audit import (
     read_patients,
     shortcut_probes,
 )
+from ctutils.audit import clean as clean_module
+from ctutils.audit import look as look_module
+from ctutils.audit import probes as probes_module
+from ctutils.audit import report as report_module
 from ctutils.base import CTError, write_json
 from ctutils.data import load_folder
 
@@ -294,6 +297,25 @@ def test_a_bad_patient_table_is_a_warning(tmp_path, content):
     assert report.ok and "patients.csv" in messages(report, "warning")["patients"]
 
 
+@pytest.mark.parametrize(
+    "file, columns, paths",
+    [
+        ("labels.csv", "Image,Patient_ID", ["train/ILD/own 0.png", "val/ILD/own 0.png"]),
+        ("findings.csv", "path,subject", ["./train/ILD/own 0.png", "val\\ILD\\own 0.png"]),
+        ("patients.csv", "file,patient", ["only here.png", "val/ILD/own 0.png"]),
+    ],
+)
+def test_patient_tables_of_many_names(tmp_path, file, columns, paths):
+    root = write(tmp_path / "set", {"train/ILD/only here.png": chest(0)})
+    (root / file).write_text("\n".join([columns, *(f"{path},p" for path in paths), "gone.png,q"]), encoding="utf-8")
+    report = check(root)
+    assert "1 patient in two splits" in messages(report, "error")["patients in two splits"]
+    assert "1 row of the patient table" in messages(report, "warning")["patients"]
+    out = clean_copy(root, tmp_path / "out", report)
+    assert audit(out, probes=False, cache=tmp_path / "cache").ok
+    assert len(pd.read_csv(out / "patients.csv")) == 2
+
+
 def test_groups_join_patients_copies_and_twins(tmp_path):
     root = write(
         tmp_path / "set",
@@ -348,7 +370,8 @@ def test_no_probe_is_flagged_without_a_shortcut(tmp_path):
 
 
 def test_a_sharpness_shortcut_is_flagged(tmp_path, monkeypatch):
-    monkeypatch.setattr(audit_module, "FLAG_CLASS", 2)  # by the mean over the classes
+    only = {name: (mean, 2) for name, (mean, _) in probes_module.FLAG_MARGIN.items()}
+    monkeypatch.setattr(probes_module, "FLAG_MARGIN", only)  # by the mean over the classes
     root = tmp_path / "set"
     noise_set(root, sharpness)
     report = check(root, probes=True)
@@ -361,7 +384,8 @@ def test_a_sharpness_shortcut_is_flagged(tmp_path, monkeypatch):
 
 
 def test_a_mark_of_one_class_is_flagged(tmp_path, monkeypatch):
-    monkeypatch.setattr(audit_module, "FLAG_MARGIN", dict.fromkeys(audit_module.FLAG_MARGIN, 2))
+    only = {name: (2, one) for name, (_, one) in probes_module.FLAG_MARGIN.items()}
+    monkeypatch.setattr(probes_module, "FLAG_MARGIN", only)
     decoded = noise_set(tmp_path / "set", corner_mark)
     some = {name: decoded.features[name] for name in ("picture size", "border and corners")}
     probes = shortcut_probes(dataclasses.replace(decoded, features=some)).set_index("probe")
@@ -374,7 +398,7 @@ def test_picture_size_and_file_format_are_probed(tmp_path):
     decoded = noise_set(tmp_path / "set", classes=("a", "b"))
     label = decoded.folder.slices["label"]
     facts = decoded.folder.slices.assign(width=48 + label, suffix="", path=decoded.folder.slices["path"])
-    values = audit_module._with_file_facts(facts.assign(mode=np.where(label, "L", "RGB")), dict(decoded.features))
+    values = look_module._with_file_facts(facts.assign(mode=np.where(label, "L", "RGB")), dict(decoded.features))
     size = np.log(np.stack([facts["width"], facts["height"]], axis=1)).astype(np.float32)
     name = "grey statistics"
     features = {"picture size": size, name: decoded.features[name], list(values)[0]: list(values.values())[0]}
@@ -489,7 +513,7 @@ def test_clean_copy_keeps_splits_that_are_sound(tmp_path):
 
 def test_clean_copy_makes_its_own_report_and_fills_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        audit_module, "load_folder", lambda *a, **k: load_folder(a[0], strict=False, cache=tmp_path / "c")
+        report_module, "load_folder", lambda *a, **k: load_folder(a[0], strict=False, cache=tmp_path / "c")
     )
     root = write(tmp_path / "set", {"train/ILD/a.png": chest(0), "train/ILD/b.png": chest(0)})
     (tmp_path / "out").mkdir()
@@ -521,7 +545,7 @@ def test_clean_copy_is_all_or_nothing(dirty, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(source, target)
 
-    monkeypatch.setattr(audit_module.shutil, "copyfile", fills_up)
+    monkeypatch.setattr(clean_module.shutil, "copyfile", fills_up)
     with user_error("No space left"):
         clean_copy(root, tmp_path / "out", report)
     assert not list(tmp_path.iterdir())
