@@ -367,9 +367,15 @@ def test_results_of_nothing(call, tmp_path):
         check_message(error, expected, folder.name)
 
 
-def test_model_card(call, call_json, run_folder):
+def test_model_card(call, call_json, run_folder, project):
     code, out, _ = call("results", "--card", run_folder)
     assert code == 0 and out.startswith("#") and "first run" in out
+    # The run's slices are those of CT_DATA, so they were audited now, and the verdicts kept for the next card.
+    assert "- info: counts: 36 slices" in out and "- probe, sharpness and noise: macro F1" in out
+    (verdicts,) = (project / "data" / "cache" / "audit").iterdir()
+    verdicts.write_text(json.dumps({"verdicts": ["error: as it was kept"]}))
+    assert "- error: as it was kept" in call("results", "--card", run_folder)[1]
+    verdicts.unlink()
     assert call_json("results", "--card", run_folder)["card"].strip() == out.strip()
     assert call("results", "--card", run_folder / "none")[0] == 2
 
@@ -396,6 +402,15 @@ def test_synth(call, call_json, tmp_path):
     code, _, error = call("synth", out, "--train", "-1")
     assert code == 2
     check_message(error, "-1")
+
+
+def test_card_without_an_audit_says_how_to_get_one(call, run_folder, project, tmp_path, monkeypatch):
+    monkeypatch.setenv("CT_DATA", str(write_set(tmp_path / "other", per_class=3)))
+    for file in (project / "data" / "cache" / "audit").glob("*"):
+        file.unlink()
+    assert "python -m ctutils check" in call("results", "--card", run_folder)[1]
+    assert call("check", project / "set", "--json")[0] in (0, 1)
+    assert "- info: counts: 36 slices" in call("results", "--card", run_folder)[1]
 
 
 def test_check_finds_what_must_be_mended(call, tmp_path):
