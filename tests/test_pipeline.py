@@ -266,6 +266,17 @@ def test_batchnorm_of_an_unfrozen_network(plan, settings, tmp_path):
         assert (runs[bn].record["bn"], runs[bn].record["trained"]) == (bn, "all")
     found = {bn: statistics(run) for bn, run in runs.items()}
     assert all((found["frozen"][key] == key.endswith("var")).all() for key in found["frozen"]), "0 and 1 at the start"
+    momenta = set()
+    real = pipeline.train_model
+
+    def look(trained, *args, **kwargs):
+        momenta.update(part.momentum for part in trained.modules() if isinstance(part, pipeline.models.BatchNorm))
+        return real(trained, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "train_model", look)
+        run_plan(change(plan, unfreeze="all", epochs=1), settings, tmp_path / "again", say=lambda text: None)
+    assert momenta == {0.1}, "MobileNetV3's own 0.01 cannot follow a short training"
     learned = {bn: run.load_tensors()["backbone.features.0.1.weight"] for bn, run in runs.items()}
     assert (learned["frozen"] == 1).all() and (learned["adapt"] == 1).all() and not (learned["train"] == 1).all()
     head_only = run_plan(change(plan, bn="adapt"), settings, tmp_path / "head", say=lambda text: None)
