@@ -356,7 +356,7 @@ def setting_differences(table: pd.DataFrame, title: str = "Difference in macro F
     ax.axvline(0, color="black", linewidth=1)
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
-    against = ", ".join(dict.fromkeys(table["against"]))
+    against = table["against"].iloc[0] if table["against"].nunique() == 1 else "the setting it is compared with"
     ax.set(xlabel=f"macro F1 minus that of: {against} (line: 95 % interval, dots: seeds)", ylabel="")
     ax.set_title(title)
     ax.grid(axis="y", visible=False)
