@@ -59,7 +59,7 @@ def extract_features(
     on_gpu = device.startswith("cuda")
     batch_size = batch_size or (256 if on_gpu else 16)
     reuse_large_blocks()
-    fast = inference_copy(backbone.to(device), precision, fold=fold)
+    fast = inference_copy(backbone, precision, fold=fold, device=device)
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     # Every grey value's normalised (R, G, B), looked up picture by picture: equal to the bit, and channels-last.
     greys = torch.arange(256, dtype=torch.uint8, device=device).view(256, 1, 1, 1)

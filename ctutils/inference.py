@@ -30,7 +30,9 @@ def choose_precision(precision: str, device: str) -> str:
     return "bfloat16" if device == "cpu" and has_bf16() else "float32"
 
 
-def inference_copy(backbone: nn.Module, precision: str = "float32", *, fold: bool = True) -> nn.Module:
+def inference_copy(
+    backbone: nn.Module, precision: str = "float32", *, fold: bool = True, device: str = "cpu"
+) -> nn.Module:
     """Return a copy of a frozen backbone that computes the same, faster.
 
     BatchNorm layers are folded into the convolutions before them; on a CPU, activations and residual sums are
@@ -40,12 +42,13 @@ def inference_copy(backbone: nn.Module, precision: str = "float32", *, fold: boo
         backbone: maps images (B, 3, H, W) to features (B, D); left as it is.
         precision: `float32` or `bfloat16`.
         fold: False keeps every layer as it stands and only changes layout and precision.
+        device: where the copy shall run.
     Returns:
         a module for use without gradients; features differ by at most 1e-5 (float32, relative) unfolded and
         1e-3 folded.
     Source: notebook 02, section 7.
     """
-    fast = copy.deepcopy(backbone).eval().requires_grad_(False)
+    fast = copy.deepcopy(backbone).to(device).eval().requires_grad_(False)
     graph = _trace(fast) if fold else None
     if graph is not None:
         _fold_batchnorm(fast, graph)
@@ -56,8 +59,7 @@ def inference_copy(backbone: nn.Module, precision: str = "float32", *, fold: boo
         for name, norm in norms.items():
             fast.set_submodule(name, norm)
     fast.to(memory_format=torch.channels_last)
-    on_cpu = all(parameter.device.type == "cpu" for parameter in backbone.parameters())
-    if graph is not None and on_cpu and _onednn_fuses():
+    if graph is not None and device == "cpu" and _onednn_fuses():
         return _fuse_activations(fast, graph)
     return fast
 

@@ -416,7 +416,7 @@ def forward_pass(job: dict) -> dict:
         base.reuse_large_blocks()
         images = images.contiguous(memory_format=torch.channels_last)
         for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            fast, cast = inference.inference_copy(backbone, name), images.to(dtype)
+            fast, cast = inference.inference_copy(backbone, name, device=job["device"]), images.to(dtype)
             found[name] = rate(lambda fast=fast, cast=cast: fast(cast), len(images))
             a, b = (torch.randn(job["matrix"], job["matrix"], device=device).to(dtype) for _ in "ab")
             found[f"gemm_{name}"] = rate(lambda a=a, b=b: a @ b, 2 * job["matrix"] ** 3) / 1e9
