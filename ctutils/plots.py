@@ -323,7 +323,7 @@ def difference_intervals(
     ax.axvline(0, color="black", linewidth=1)
     ax.set_yticks(range(len(table)), table["name"])
     ax.set_ylim(len(table) - 0.5, -0.5)
-    ax.set(xlabel=xlabel, ylabel="")
+    ax.set(xlabel=xlabel, ylabel="comparison")
     ax.set_title(title)
     ax.grid(axis="y", visible=False)
     handles = dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from helpers import REAL_CT, files_below, needs_real_ct, user_error
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from scipy import ndimage
 
 from ctutils.audit import (
@@ -392,6 +392,46 @@ def test_a_mark_of_one_class_is_flagged(tmp_path, monkeypatch):
     assert probes.loc["border and corners", "flagged"]
     assert probes.loc["border and corners", "best_class"] == "c"
     assert not probes.loc["picture size", "flagged"]
+
+
+def framed(image):
+    return ImageOps.expand(image.crop((1, 1, 63, 63)), 1, fill=20)
+
+
+def with_text(image):
+    ImageDraw.Draw(image).text((1, 1), "R", fill=190)
+    return image
+
+
+MARKS = {  # what one class of three bears: (the change, how it is saved, the probe that must see it)
+    "text in a corner": (with_text, {}, "border and corners"),
+    "a frame": (framed, {}, "border and corners"),
+    "brighter": (lambda image: image.point(lambda grey: grey + 12), {}, "grey statistics"),
+    "noisier": (noisy, {}, "sharpness and noise"),
+    "larger": (lambda image: image.resize((66, 66)), {}, "picture size"),
+    "wider": (lambda image: image.resize((68, 64)), {}, "picture size"),
+    "less compressed": (lambda image: image, {"compress_level": 1}, "file size and metadata"),
+    "with a resolution": (lambda image: image, {"dpi": (96, 96)}, "file size and metadata"),
+    "in colour mode": (lambda image: image.convert("RGB"), {}, "file size and metadata"),
+}
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_a_planted_shortcut_is_flagged(tmp_path, mark):
+    change, how, probe = MARKS[mark]
+    root = tmp_path / "set"
+    for i, name in enumerate("abc" * 24):
+        path = root / ("val" if i < 12 else "train") / name / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        chest(i, side=64).save(path)
+    clean = look(root)
+    for path in root.glob("*/c/*.png"):
+        with Image.open(path) as image:
+            marked = change(image.copy())
+        marked.save(path, **how)
+    for decoded, flagged in ((clean, False), (look(root), True)):
+        some = dataclasses.replace(decoded, features={probe: decoded.features[probe]})
+        assert shortcut_probes(some)["flagged"].tolist() == [flagged]
 
 
 def test_picture_size_and_file_format_are_probed(tmp_path):

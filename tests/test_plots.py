@@ -67,7 +67,16 @@ def texts(figure):
     return found
 
 
+DIFFERENCES = pd.DataFrame(
+    {
+        "name": ["vote", "stack", "swap"],
+        "difference": [0.05, 0, -0.1],
+        "low": [0.01, -0.1, -0.2],
+        "high": [0.1, 0.1, -0.01],
+    }
+)
 CALLS = {
+    "difference_intervals": lambda: plots.difference_intervals(DIFFERENCES),
     "slice_grid": lambda: plots.slice_grid([IMAGE] * 6, titles=list("abcdef"), columns=5),
     "learning_curves": lambda: plots.learning_curves(HISTORY),
     "confusion_matrix": lambda: plots.confusion_matrix([0, 1, 1], [0, 1, 0], ["Normal", "폐렴"]),
@@ -153,6 +162,14 @@ def test_score_intervals_mark_the_deck():
     assert len(set(heights)) == 5  # nothing covers anything else
 
 
+def test_difference_intervals_say_what_can_be_said():
+    ax = plots.difference_intervals(DIFFERENCES)
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"higher", "not distinguishable", "lower"}
+    points = {bar.get_label(): bar.lines[0] for bar in ax.containers}
+    assert [points[word].get_xdata()[0] for word in ("higher", "not distinguishable", "lower")] == [0.05, 0, -0.1]
+    assert points["not distinguishable"].get_color() == plots.GREY
+
+
 def test_use_axes_given():
     _, ax = plt.subplots()
     assert plots.score_intervals(SCORES, ax=ax) is ax and ax.get_legend()
@@ -188,6 +205,7 @@ def test_heat_overlay_covers_the_image():
         (lambda: plots.grey_histograms(IMAGE[None], [0, 1], ["a", "b"]), "2 labels"),
         (lambda: plots.score_intervals(SCORES.drop(columns="low")), "without low"),
         (lambda: plots.reliability_diagram(RELIABILITY.drop(columns="count")), "without count"),
+        (lambda: plots.difference_intervals(DIFFERENCES.drop(columns="high")), "without high"),
         (lambda: plots.reliability_diagram(RELIABILITY.iloc[:1]), "without a slice"),
         (lambda: plots.heat_overlay(IMAGE, np.full((2, 2), np.nan)), "NaN"),
         (lambda: plots.heat_overlay(IMAGE[0], np.eye(2)), r"shape \(16,\)"),
