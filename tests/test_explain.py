@@ -107,6 +107,23 @@ def test_every_backbone_wholly_frozen(name):
     assert np.array_equal(grad_cam(joined, images, layer=name), heat)
 
 
+@pytest.mark.parametrize("name", BACKBONES)
+def test_heat_of_every_backbone_moves_with_the_finding(name):
+    torch.manual_seed(0)
+    real = name == "efficientnet_lite0"  # the one whose weights are always there
+    model = models.build_model(name, "imagenet")[0] if real else models._make(BACKBONES[name])
+    freeze(model, train=[])
+    images, patch = torch.zeros(2, 3, 160, 160), torch.randn(3, 48, 48)
+    images[0, :, 56:104, 16:64] = images[1, :, 56:104, 80:128] = patch  # 64 pixels further right
+    if not real:
+        adapt_batchnorm(model, [images[:1] + 0.3 * torch.randn(4, 3, 160, 160)])
+    with torch.no_grad():
+        target = int((model(images[:1]) - model(torch.zeros(1, 3, 160, 160))).argmax())  # what the patch speaks for
+    left, right = grad_cam(model, images, target, layer=name)
+    moved, stayed = (np.corrcoef(view.ravel(), right.ravel())[0, 1] for view in (np.roll(left, 64, axis=1), left))
+    assert moved > stayed + 0.2, f"moved {moved:.2f}, stayed {stayed:.2f}"
+
+
 @pytest.mark.parametrize(
     "layer, target, message",
     [
