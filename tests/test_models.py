@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 from torch import nn
 
-from ctutils import models
+from ctutils import models, weights
 from ctutils.base import CTError, file_sha256
 from ctutils.models import (
     BACKBONES,
@@ -48,8 +48,8 @@ def no_cache_no_network(monkeypatch, tmp_path):
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("CT_PROGRESS", "0")
-    monkeypatch.setattr(models, "_offline_until", 0.0)
-    monkeypatch.setattr(models, "_said", set())
+    monkeypatch.setattr(weights, "_offline_until", 0.0)
+    monkeypatch.setattr(weights, "_said", set())
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
 
 
@@ -159,18 +159,18 @@ def test_hanging_network_is_given_up_and_remembered(monkeypatch, tmp_path):
         time.sleep(30)
 
     monkeypatch.setattr(urllib.request, "urlopen", hang)
-    monkeypatch.setattr(models, "PROBE_SECONDS", 1.1)
+    monkeypatch.setattr(weights, "PROBE_SECONDS", 1.1)
     begin = time.monotonic()
-    assert not models._answers("http://x/a.pth")
-    assert not models._answers("http://x/b.pth")
+    assert not weights._answers("http://x/a.pth")
+    assert not weights._answers("http://x/b.pth")
     assert time.monotonic() - begin < 2 and len(calls) == 1
-    monkeypatch.setattr(models, "_offline_until", 0.0)  # as in a new process
-    assert not models._answers("http://x/a.pth") and len(calls) == 1, "the time stamp was not believed"
-    monkeypatch.setattr(models, "OFFLINE_SECONDS", 0.0)  # as if it were old
-    monkeypatch.setattr(models, "PROBE_SECONDS", 0.1)
-    assert not models._answers("http://x/a.pth") and len(calls) == 2
-    monkeypatch.setattr(models, "OFFLINE_SECONDS", 300.0)
-    assert not models._answers("http://x/a.pth", patient=True) and len(calls) == 3
+    monkeypatch.setattr(weights, "_offline_until", 0.0)  # as in a new process
+    assert not weights._answers("http://x/a.pth") and len(calls) == 1, "the time stamp was not believed"
+    monkeypatch.setattr(weights, "OFFLINE_SECONDS", 0.0)  # as if it were old
+    monkeypatch.setattr(weights, "PROBE_SECONDS", 0.1)
+    assert not weights._answers("http://x/a.pth") and len(calls) == 2
+    monkeypatch.setattr(weights, "OFFLINE_SECONDS", 300.0)
+    assert not weights._answers("http://x/a.pth", patient=True) and len(calls) == 3
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_lite0_knows_photographs(photo, label):
 
 
 def test_lite0_in_another_order_is_refused(tmp_path):
-    path, _ = models._imagenet_file(BACKBONES["efficientnet_lite0"], patient=False)
+    path, _ = weights.imagenet_file(BACKBONES["efficientnet_lite0"], patient=False)
     tensors = list(torch.load(path, weights_only=True).items())
     tensors[1], tensors[2] = tensors[2], tensors[1]  # weight and bias of a BatchNorm: equal shapes
     torch.save(dict(tensors), tmp_path / "efficientnet_lite0.pth")
@@ -385,7 +385,7 @@ def test_adapt_batchnorm_estimates_the_statistics_of_the_images():
     model = tiny()
     model[1].running_mean.fill_(100)  # what was there before must not matter
     model[5].momentum = 0.01
-    weights = [p.clone() for p in model.parameters()]
+    before = [p.clone() for p in model.parameters()]
     x = images(10, 16) * 3 + 1
     batches = [(x[:4], torch.zeros(4)), (x[4:8], torch.zeros(4)), (x[8:], torch.zeros(2))]
     assert adapt_batchnorm(model, batches) == 10
@@ -396,7 +396,7 @@ def test_adapt_batchnorm_estimates_the_statistics_of_the_images():
     assert torch.allclose(model[1].running_var, variance, rtol=1e-4)
     assert (model[1].momentum, model[5].momentum) == (0.1, 0.01)
     assert not any(part.training for part in model.modules())
-    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
     again = tiny()  # dropout is off in the pass: no randomness, whatever the seed
     torch.manual_seed(99)

@@ -32,7 +32,9 @@ MAY_IMPORT = {
     "phantom": {"config"},
     "augment": {"data"},
     "importers": {"data"},
-    "models": {"config"},
+    "registry": set(),
+    "weights": {"registry"},
+    "models": {"registry", "weights"},
     "inference": {"models"},
     "features": {"augment", "data", "inference", "models"},
     "training": {"metrics"},
@@ -49,7 +51,7 @@ MAY_IMPORT = {
     "__init__": set(),
 }
 # torch takes seconds to import: only modules that are about it do so at their top.
-MAY_NEED_TORCH = {"models", "inference", "features", "training", "explain", "pipeline"}
+MAY_NEED_TORCH = {"weights", "models", "inference", "features", "training", "explain", "pipeline"}
 
 
 # ---------------------------------------------------------------- environment
