@@ -64,6 +64,10 @@ DEPTHWISE = ("mobilenet_v3_large", "efficientnet_lite0")  # on a CPU they train 
 SMALLEST_INPUT = 64  # pixels a side; below, AlexNet's last pooling layer has nothing to pool
 
 
+class StoppedEarly(CTError):
+    """Ctrl-C before the first epoch was over: there is nothing to record."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """One run: what to train, on what and how. None means: as the settings say.
@@ -254,7 +258,7 @@ def run_plan(
         )
         train_seconds = time.perf_counter() - train_start
         if not result.history:
-            raise CTError("a run stopped before its first epoch ended", "one epoch at least", "run it again")
+            raise StoppedEarly("a run stopped before its first epoch ended", "one epoch at least", "run it again")
         batching.at_once = result.at_once
         predictions = predictions_table(
             folder, {split: evaluate(trained, loaders[split], batching=batching)[2] for split in ("val", "test")}

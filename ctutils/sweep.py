@@ -213,7 +213,7 @@ def run_sweep(
         CTError: an index that the plan does not have.
         KeyboardInterrupt: after Ctrl-C; the run in progress is saved and goes on next time.
     """
-    from ctutils.pipeline import run_plan
+    from ctutils.pipeline import StoppedEarly, run_plan
 
     if index is not None and not 0 <= index < len(sweep.jobs):
         raise CTError(f"index {index}", f"0 to {len(sweep.jobs) - 1}", "see --list")
@@ -239,6 +239,8 @@ def run_sweep(
                     test = run.record["scores"]["test"]
                     say(f"{job.name}: test macro F1 {test['macro_f1']:.3f}, {run.record['seconds']['total']:.0f} s")
                 message.unlink(missing_ok=True)
+            except StoppedEarly as error:
+                raise KeyboardInterrupt from error
             except Exception as error:  # whatever it was, the other runs go on
                 failed[job.name] = str(error) or type(error).__name__
                 write_json(message, {"run": job.name, "error": failed[job.name], "type": type(error).__name__})

@@ -254,6 +254,17 @@ def test_interrupted_run_goes_on_to_the_same_numbers(write, settings, tmp_path, 
     assert not [name for name in files_below(settings.runs_dir) if "checkpoint" in name]
 
 
+def test_ctrl_c_in_the_first_epoch_stops_the_sweep_and_is_no_failure(write, settings, monkeypatch):
+    def stopped(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "train_one_epoch", stopped)
+        run_sweep(write(), settings)
+    assert not list(settings.runs_dir.rglob("*.failed.json"))
+    assert len(run_sweep(write(), settings).done) == 4
+
+
 def test_checkpoint_of_an_older_plan_is_no_hindrance(write, settings, monkeypatch):
     real, calls = training.train_one_epoch, []
 
