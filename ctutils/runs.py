@@ -209,7 +209,8 @@ def save_run(
         try:
             write_json(temporary / "run.json", record)
             history.to_csv(temporary / "history.csv", index=False, encoding="utf-8")
-            predictions.to_csv(temporary / "predictions.csv", index=False, encoding="utf-8")
+            # Eight digits: float32 has no more to say, and records are committed.
+            predictions.to_csv(temporary / "predictions.csv", index=False, encoding="utf-8", float_format="%.8g")
             if content is not None:
                 (temporary / tensors_name).write_bytes(content)
             _replace_folder(temporary, folder)

@@ -265,10 +265,7 @@ def publish() -> None:
     source = get_settings().runs_dir
     target = ROOT / "data" / "reference_runs" / source.name
     shutil.rmtree(target, ignore_errors=True)
-    for record in sorted(source.glob("[0-9][0-9]_*/run.json")):
-        (target / record.parent.name).mkdir(parents=True)
-        for name in ("run.json", "history.csv", "predictions.csv"):
-            shutil.copyfile(record.with_name(name), target / record.parent.name / name)
+    copy_records(source, target)
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(RESULTS_BEGIN)
     table = results_markdown(list_runs(target)[0])
@@ -282,6 +279,16 @@ def publish() -> None:
             with atomic_path(ROOT / "data" / "readme.png") as temporary:
                 temporary.write_bytes(base64.b64decode(png))
     print("Renewed: README.md, data/readme.png, data/reference_runs")
+
+
+def copy_records(source: Path, target: Path) -> None:
+    """Copy the records that the notebooks made, those of their sweeps in a folder each, without their weights."""
+    for pattern in ("[0-9][0-9]_*/run.json", "[0-9][0-9]_*/[!.]*/run.json"):
+        for record in sorted(source.glob(pattern)):
+            copy = target / record.parent.relative_to(source)
+            copy.mkdir(parents=True)
+            for name in ("run.json", "history.csv", "predictions.csv"):
+                shutil.copyfile(record.with_name(name), copy / name)
 
 
 def prepare_data() -> str:

@@ -212,3 +212,17 @@ def test_ctrl_c_stops_the_kernel_and_exits_with_130(folder, stub_main, capsys):
     assert "Stopped" in capsys.readouterr().err
     alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
     assert not [child for child in alive if "ipykernel" in " ".join(child.cmdline())]
+
+
+def test_records_are_copied_without_weights_and_sweeps_apart(tmp_path):
+    names = ["05_resnet50", "10_augmentation/plain-s0", "mine", "10_augmentation/.plain-s1.tmp"]
+    for name in names:
+        for file in ("run.json", "history.csv", "predictions.csv", "head.safetensors"):
+            path = tmp_path / "runs" / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(name)
+    run_notebooks.copy_records(tmp_path / "runs", tmp_path / "out")
+    copied = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.*"))
+    files = ("history.csv", "predictions.csv", "run.json")
+    assert [c for c in copied if "tmp" not in c] == [f"{name}/{file}" for name in names[:2] for file in files]
+    assert not any("safetensors" in name or ".plain" in name for name in copied)
