@@ -24,7 +24,7 @@ class Batching:
 
     Attributes:
         at_once: examples that go through at a time, their gradients added up; None: the whole batch. It is
-            halved when the memory is full, and stays so.
+            halved when the memory is full, and stays so. BatchNorm that is being trained sees the parts only.
         bfloat16: multiply in bfloat16 (autocast); None: on a GPU. It has float32's range, so that no gradient
             scaler is needed.
     """
