@@ -10,8 +10,8 @@ from ctutils.metrics import bootstrap_interval, macro_f1
 
 # Macro F1 above chance at which a probe is flagged: the mean over the classes, and one class against the rest
 # (whose chance is 0.5). Features that see the lungs also see some of the disease: on 9000 synthetic slices,
-# acquired alike in every class, the lower ends were at most 0.26 and 0.27 above chance for the histogram, 0.10 and
-# 0.15 for sharpness (reticulation is fine structure), 0.10 and 0.09 for the thumbnail, 0.04 and 0.02 for others.
+# acquired alike in every class, the lower ends were at most 0.26 and 0.27 above chance for the histogram, 0.07 and
+# 0.15 for sharpness (reticulation is fine structure), 0.07 and 0.09 for the thumbnail, 0.01 and 0.02 for others.
 FLAG_MARGIN = {
     "file size and metadata": (0.15, 0.2),
     "picture size": (0.15, 0.2),

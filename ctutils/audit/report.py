@@ -1,5 +1,6 @@
 """The audit: everything looked at, and what was found, worst first."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterable
@@ -124,7 +125,8 @@ def audit(
         _probe_findings(found, tables["probes"])
     report = AuditReport(root, found.table(), tables)
     if probes:
-        write_json(_verdicts_path(folder.fingerprint, cache), {"verdicts": report.verdicts()})
+        with contextlib.suppress(CTError, OSError):  # a cache that cannot be written costs the next card an audit
+            write_json(_verdicts_path(folder.fingerprint, cache), {"verdicts": report.verdicts()})
     return report
 
 
