@@ -134,6 +134,9 @@ TWINS = {
     "padded": lambda p: ImageOps.expand(p, 20),
     "turned": lambda p: p.rotate(3, Image.Resampling.BILINEAR, fillcolor=55),
     "mirrored": ImageOps.mirror,
+    "upside down": lambda p: p.rotate(180),
+    "a quarter turned": lambda p: p.transpose(Image.Transpose.ROTATE_90),
+    "mirrored and turned": lambda p: ImageOps.mirror(p).transpose(Image.Transpose.ROTATE_90),
     "noisy": noisy,
 }
 

@@ -36,7 +36,7 @@ def near_duplicates(decoded: Decoded, patients: np.ndarray | None = None) -> pd.
     """Return pairs of slices that show the same or neighbouring content, but not the same pixels.
 
     Search: correlation of all pairs of 32 x 32 thumbnails, cropped to the body and to the lungs, also
-    mirrored and upside down. Confirmation, at 48 and 96 pixels: either the body crops correlate, as they are,
+    mirrored and turned by quarters. Confirmation, at 48 and 96 pixels: either the body crops correlate, as they are,
     above `MIN_CORRELATION` and their fine structure above `MIN_DETAIL` (re-encoded, brighter, resized,
     padded, or a neighbouring slice of the same patient), or after an affine alignment their fine structure
     correlates above `SURE_DETAIL` (shifted, cropped, turned a little). Fine structure (vessels) tells
@@ -100,18 +100,25 @@ def _detail(images: np.ndarray, blur: float = 4) -> np.ndarray:
     return images - ndimage.gaussian_filter(images, (0, blur, blur))
 
 
-_FLIPS = (np.s_[:], np.s_[:, :, ::-1], np.s_[:, ::-1], np.s_[:, ::-1, ::-1])  # of stacks (N, H, W)
+# Views of stacks (N, H, W). The first six undo themselves; the last two, quarter turns, undo each other.
+_VIEWS = tuple(
+    lambda images, turned=turned, flip=flip: (images.swapaxes(1, 2) if turned else images)[flip]
+    for turned, flips in ((False, (np.s_[:], np.s_[:, :, ::-1], np.s_[:, ::-1], np.s_[:, ::-1, ::-1])),
+                          (True, (np.s_[:], np.s_[:, ::-1, ::-1], np.s_[:, :, ::-1], np.s_[:, ::-1])))
+    for flip in flips
+)  # fmt: skip
 
 
 def _candidates(body: np.ndarray, lungs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return pairs that are alike as they are, (P, 2), and pairs with a flip that deserve an alignment, (Q, 3)."""
+    """Return pairs that are alike as they are, (P, 2), and pairs with a view that deserve an alignment, (Q, 3)."""
     small = _shrink(body, COARSE)
     upright, chests = _normalise(small), _normalise(lungs)
-    # left, right, flip of the left one, partners a slice, least correlation of a partner
-    searches = [(upright, upright, 0, 2, 0.8), (chests, chests, 0, 1, 0.8)]
-    searches += [(_normalise(small[_FLIPS[flip]]), upright, flip, 1, 0.9) for flip in (1, 2, 3)]
+    # left, right, view of the left one, partners a slice, least correlation of a partner
+    near = min(6, max(2, 20_000 // max(1, len(body))))  # more for small folders; a large one would take minutes
+    searches = [(upright, upright, 0, near, 0.6), (chests, chests, 0, 1, 0.8)]
+    searches += [(_normalise(_VIEWS[view](small)), upright, view, 1, 0.9) for view in range(1, len(_VIEWS))]
     alike, similar = [np.zeros((0, 2), int)], [np.zeros((0, 3), int)]
-    for left, right, flip, partners, least in searches:
+    for left, right, view, partners, least in searches:
         partners = min(partners, len(left) - 1)
         for start in range(0, len(left) if partners > 0 else 0, 1024):  # a block of rows bounds the memory
             products = left[start : start + 1024] @ right.T
@@ -126,7 +133,7 @@ def _candidates(body: np.ndarray, lungs: np.ndarray) -> tuple[np.ndarray, np.nda
             b = np.argpartition(-products, partners - 1, axis=1)[:, :partners].ravel()
             a = np.repeat(rows, partners)
             good = products[a, b] > least
-            similar.append(np.stack([a + start, b, np.full(len(a), flip)], axis=1)[good])
+            similar.append(np.stack([a + start, b, np.full(len(a), view)], axis=1)[good])
     return np.unique(np.concatenate(alike), axis=0), np.concatenate(similar)
 
 
@@ -141,17 +148,18 @@ def _confirm(body: np.ndarray, alike: np.ndarray, similar: np.ndarray) -> pd.Dat
         rows.append(
             pd.DataFrame({"a": a, "b": b, "correlation": correlation, "detail": detail, "aligned": False})[keep]
         )
-    for flip, view in enumerate(_FLIPS):
-        # A flip of one is the same flip of the other, so the order of a pair does not matter.
-        pairs = np.unique(np.sort(similar[similar[:, 2] == flip, :2], axis=1), axis=0)
+    for view in range(len(_VIEWS)):
+        pairs = similar[similar[:, 2] == view, :2]
+        pairs = np.unique(np.sort(pairs, axis=1) if view < 6 else pairs, axis=0)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             rows += pool.map(lambda pair, view=view: _confirm_aligned(body, *pair, view), _blocks(pairs))
     found = pd.concat(rows) if rows else pd.DataFrame(columns=columns)
+    found[["a", "b"]] = np.sort(found[["a", "b"]].astype(int), axis=1)
     return found.astype({"a": int, "b": int}).drop_duplicates(["a", "b"])  # keeps the unaligned one
 
 
-def _confirm_aligned(body: np.ndarray, a: np.ndarray, b: np.ndarray, view: tuple) -> pd.DataFrame:
-    fixed, moving = body[a][view], body[b]
+def _confirm_aligned(body: np.ndarray, a: np.ndarray, b: np.ndarray, view: int) -> pd.DataFrame:
+    fixed, moving = _VIEWS[view](body[a]), body[b]
     half = [_shrink(images, FINE // 2) for images in (fixed, moving)]
     shift = _align(*half)
     moved, inside = _warp(half[1], shift)
