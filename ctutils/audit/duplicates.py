@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 
 from ctutils.audit.look import COARSE, FINE, Decoded
 
-MIN_CORRELATION = 0.97  # of two body crops at 48 x 48: same or neighbouring slice
+MIN_CORRELATION = 0.965  # of two body crops at 48 x 48: same or neighbouring slice
 MIN_DETAIL = 0.82  # of their fine structure (what is left without a blur) at 96 x 96
 SURE_DETAIL = 0.94  # the same picture, whatever was done to it
 
