@@ -113,15 +113,20 @@ def _candidates(body: np.ndarray, lungs: np.ndarray) -> tuple[np.ndarray, np.nda
     """Return pairs that are alike as they are, (P, 2), and pairs with a view that deserve an alignment, (Q, 3)."""
     small = _shrink(body, COARSE)
     upright, chests = _normalise(small), _normalise(lungs)
-    # left, right, view of the left one, partners a slice, least correlation of a partner
     near = min(6, max(2, 20_000 // max(1, len(body))))  # more for small folders; a large one would take minutes
-    searches = [(upright, upright, 0, near, 0.6), (chests, chests, 0, 1, 0.8)]
-    searches += [(_normalise(_VIEWS[view](small)), upright, view, 1, 0.9) for view in range(1, len(_VIEWS))]
+
+    def searches():  # one after the other, for the memory's sake
+        """Yield left, right, view of the left one, partners a slice, least correlation of a partner."""
+        yield upright, upright, 0, near, 0.6
+        yield chests, chests, 0, 1, 0.8
+        for view in range(1, len(_VIEWS)):
+            yield _normalise(_VIEWS[view](small)), upright, view, 1, 0.9
+
     alike, similar = [np.zeros((0, 2), int)], [np.zeros((0, 3), int)]
-    for left, right, view, partners, least in searches:
+    for left, right, view, partners, least in searches():
         partners = min(partners, len(left) - 1)
-        for start in range(0, len(left) if partners > 0 else 0, 1024):  # a block of rows bounds the memory
-            products = left[start : start + 1024] @ right.T
+        for start in range(0, len(left) if partners > 0 else 0, 256):  # a block of rows bounds the memory
+            products = left[start : start + 256] @ right.T
             rows = np.arange(len(products))
             products[rows, start + rows] = -1
             if left is upright:
