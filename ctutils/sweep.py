@@ -3,7 +3,6 @@
 A plan is a TOML file: backbones x settings x seeds. `notebooks/plans/` holds the course's own.
 """
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -324,11 +323,14 @@ def _is_done(out: Path, wanted: dict) -> bool:
 
 
 def load_sweep(sweep: Sweep, settings: Settings) -> dict[tuple[str, str], list[Run]]:
-    """Return the records of each (setting, backbone), one a seed; a group with a missing record is left out."""
-    found = {}
+    """Return the records of each (setting, backbone), one a seed.
+
+    A group with a record that is missing, unfinished or of an older plan is left out.
+    """
+    folder, found = sweep.folder(settings), {}
     for key, jobs in sweep.groups().items():
-        with contextlib.suppress(CTError):
-            found[key] = [load_run(sweep.folder(settings) / job.name) for job in jobs]
+        if all(_is_done(folder / job.name, _identity(job, settings)) for job in jobs):
+            found[key] = [load_run(folder / job.name) for job in jobs]
     return found
 
 

@@ -352,6 +352,9 @@ def test_group_with_a_missing_record_is_left_out(compared, tmp_path):
     table = compare_settings(less, load_sweep(less, settings))
     assert table["setting"].tolist() == ["plain"] and say_differences(table) == []
     assert load_sweep(plan, dataclasses.replace(settings, runs_dir=tmp_path)) == {}
+    changed = [dataclasses.replace(job, values={**job.values, "lr": 0.5}) for job in plan.jobs[2:]]
+    older = dataclasses.replace(plan, jobs=(*plan.jobs[:2], *changed))
+    assert list(load_sweep(older, settings)) == [("plain", SMALL)], "records of an older plan"
 
 
 def test_runs_on_other_slices_are_not_compared(compared):
