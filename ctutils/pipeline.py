@@ -209,7 +209,7 @@ def run_plan(
             if plan.precision == "auto" and settings.device == "cpu" and spec.name in DEPTHWISE:
                 precision = "float32"
             reuse_large_blocks()
-            torch.backends.cudnn.benchmark = True  # every batch but the last has one shape
+            torch.backends.cudnn.deterministic = True  # the same seed, the same numbers
             trained = models.join(backbone, head).to(settings.device, memory_format=torch.channels_last)
             options = {"batch_size": batch_size, "augment": augment, "device": settings.device}
             loaders = make_loaders(folder, store, **images, **options)
