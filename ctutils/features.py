@@ -73,7 +73,7 @@ def extract_features(
                 grey = augment(grey[:, None])[:, 0]
             images = nn.functional.embedding(grey.int(), table).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
             try:
-                batch = fast(images).float()
+                batch = fast(images if fold else images.contiguous()).float()
             except torch.OutOfMemoryError:
                 if batch_size == 1:
                     raise

@@ -36,12 +36,12 @@ def inference_copy(
     """Return a copy of a frozen backbone that computes the same, faster.
 
     BatchNorm layers are folded into the convolutions before them; on a CPU, activations and residual sums are
-    done in the convolution's own call; weights are laid out channels-last and turned into bfloat16 if asked for.
+    done in the convolution's own call; weights are laid out channels-last, and turned into bfloat16 if asked for.
 
     Args:
         backbone: maps images (B, 3, H, W) to features (B, D); left as it is.
         precision: `float32` or `bfloat16`.
-        fold: False keeps every layer as it stands and only changes layout and precision.
+        fold: False keeps every layer as it stands and only changes the precision.
         device: where the copy shall run.
     Returns:
         a module for use without gradients; features differ by at most 1e-5 (float32, relative) unfolded and
@@ -58,7 +58,8 @@ def inference_copy(
         fast.to(torch.bfloat16)
         for name, norm in norms.items():
             fast.set_submodule(name, norm)
-    fast.to(memory_format=torch.channels_last)
+    if fold:
+        fast.to(memory_format=torch.channels_last)
     if graph is not None and device == "cpu" and _onednn_fuses():
         return _fuse_activations(fast, graph)
     return fast
