@@ -263,8 +263,8 @@ def _file_facts(root: Path, paths: list[Path], cache: Path) -> list[dict[str, An
         known = {}
     known = known if isinstance(known, dict) else {}
     keys = [path.relative_to(root).as_posix() for path in paths]
+    stamps = [_stamp(path) for path in paths]
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        stamps = list(pool.map(_stamp, paths))
         entries = {
             key: known[key]
             for key, stamp in zip(keys, stamps, strict=True)

@@ -18,7 +18,7 @@ from ctutils.data import normalise
 from ctutils.inference import choose_precision, inference_copy
 from ctutils.models import state_sha256
 
-PASS_VERSION = 2  # part of the cache's key: raise it when the pass itself computes something else
+PASS_VERSION = 3  # part of the cache's key: raise it when the pass itself computes something else
 
 
 @torch.no_grad()

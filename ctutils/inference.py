@@ -114,17 +114,22 @@ class _FusedConv(nn.Module):
     """A convolution with the activation, or the residual sum and the activation, that follows it.
 
     Each of these alone would read and write the whole activation once more, which on a CPU with fast matrix
-    units takes as long as the convolutions. The call is the one that torch.compile makes.
+    units takes as long as the convolutions. The weights are laid out for oneDNN once, at the first batch, and
+    not again in every batch. The calls are those that torch.compile makes.
     """
 
     def __init__(self, conv: nn.Conv2d, activation: str, numbers: list[float]):
         super().__init__()
-        self.weight, self.bias = conv.weight, conv.bias
+        self.weight, self.packed = conv.weight.detach(), False
+        self.bias = None if conv.bias is None else conv.bias.detach()
         self.window = (conv.padding, conv.stride, conv.dilation, conv.groups)
         self.activation, self.numbers = activation, numbers
 
     def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
-        ops, layer = torch.ops.mkldnn, (self.weight, self.bias, *self.window)
+        ops = torch.ops.mkldnn
+        if not self.packed:
+            self.weight, self.packed = ops._reorder_convolution_weight(self.weight, *self.window, x.shape), True
+        layer = (self.weight, self.bias, *self.window)
         if other is None:
             return ops._convolution_pointwise(x, *layer, self.activation, self.numbers, "")
         unary = None if self.activation == "none" else self.activation
@@ -146,6 +151,13 @@ def _onednn_fuses() -> bool:
         return False
 
 
+class _Mean(nn.Module):
+    """The mean over height and width: a third of the time of `AdaptiveAvgPool2d(1)` in bfloat16."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.avg_pool2d(x, x.shape[-2:])
+
+
 def _fuse_activations(network: nn.Module, graph: fx.Graph) -> nn.Module:
     """Return the network with every plain convolution doing what alone follows it as well."""
     modules = dict(network.named_modules())
@@ -157,6 +169,9 @@ def _fuse_activations(network: nn.Module, graph: fx.Graph) -> nn.Module:
     for node in [node for node in graph.nodes if calls(node, nn.Identity)]:  # a BatchNorm once, before the fold
         node.replace_all_uses_with(node.all_input_nodes[0])
         graph.erase_node(node)
+    for node in [node for node in graph.nodes if calls(node, nn.AdaptiveAvgPool2d)]:
+        if modules[node.target].output_size in (1, (1, 1)):
+            network.set_submodule(node.target, _Mean())
     for number, node in enumerate([node for node in graph.nodes if calls(node, nn.Conv2d)]):
         conv = modules[node.target]
         if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
@@ -171,8 +186,6 @@ def _fuse_activations(network: nn.Module, graph: fx.Graph) -> nn.Module:
         if calls(after, *_ACTIVATIONS):
             chain.append(after)
             activation, numbers = _ACTIVATIONS[type(modules[after.target])]
-        if len(chain) == 1:
-            continue
         name = f"fused_{number}"
         modules[name] = _FusedConv(conv, activation, numbers)
         network.add_module(name, modules[name])

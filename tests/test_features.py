@@ -248,13 +248,30 @@ def test_fused_convolutions_are_used_only_where_they_are_right(monkeypatch, stat
             raise RuntimeError("expected at most 3 arguments")
         return torch.zeros(1, 4, 5, 5)
 
-    ops = type("Ops", (), {} if state == "not there" else {"_convolution_pointwise": staticmethod(op)})
+    calls = {"_convolution_pointwise": op, "_reorder_convolution_weight": lambda weight, *args: weight}
+    ops = type("Ops", (), {} if state == "not there" else {name: staticmethod(call) for name, call in calls.items()})
     if state == "another answer":
         op.binary = op
     monkeypatch.setattr(torch.ops, "mkldnn", ops)
     assert inference._onednn_fuses() is False
     found = extract_features(backbone(), store_of(), **NORMAL, precision="float32")
     assert relative(found, plainly(backbone(), store_of(), **NORMAL)) < 1e-5
+
+
+def test_weights_are_laid_out_once_and_means_are_quick(monkeypatch):
+    if not inference._onednn_fuses():
+        pytest.skip("this torch has no fused convolutions")
+    network = split_model(made_up("mobilenet_v3_large"), "mobilenet_v3_large")[0]
+    fast, layouts = inference_copy(network), []
+    reorder = torch.ops.mkldnn._reorder_convolution_weight
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_reorder_convolution_weight", lambda *args: layouts.append(1) or reorder(*args)
+    )
+    with torch.no_grad():
+        for count in (2, 2, 1):
+            fast(torch.randn(count, 3, 64, 64))
+    assert len(layouts) == sum(isinstance(layer, nn.Conv2d) for layer in network.modules())
+    assert not any(isinstance(layer, nn.AdaptiveAvgPool2d) for layer in fast.modules())
 
 
 def test_full_memory_halves_the_batch(seen, monkeypatch):
@@ -286,7 +303,7 @@ def test_bfloat16_leaves_statistics_that_are_not_folded_exact():
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 2, 1)).eval()
     network[0].running_mean.fill_(100.1)
     fast = inference_copy(network, "bfloat16")
-    norm, conv = (fast.get_submodule(name) for name in "01")
+    norm, conv = fast.children()
     assert torch.equal(norm.running_mean, network[0].running_mean)
     assert conv.weight.dtype == torch.bfloat16
 
