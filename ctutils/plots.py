@@ -331,13 +331,12 @@ def difference_intervals(
     return ax
 
 
-def setting_differences(table: pd.DataFrame, title: str = "Difference in macro F1 on test", ax: Axes | None = None):
-    """Draw each row's difference to what it is compared with: 95 % interval over slices, and a dot for each seed.
-
-    An interval that holds zero is grey: that row is not distinguishable from what it is compared with.
+def setting_differences(table: pd.DataFrame, title: str | None = None, ax: Axes | None = None) -> Axes:
+    """Draw `difference_intervals` of the rows of a sweep, with a dot for each seed's own difference.
 
     Args:
         table: from `sweep.compare_settings`; rows without a difference are left out.
+        title: by default, how many of the rows are distinguishable from what they are compared with.
     Raises:
         CTError: a column is missing, or no row has a difference.
     """
@@ -346,20 +345,17 @@ def setting_differences(table: pd.DataFrame, title: str = "Difference in macro F
     table = table.dropna(subset=["difference"])
     _need(table, columns, "the comparison")
     if ax is None:
-        _, ax = plt.subplots(figsize=(8, 1.0 + 0.3 * len(table)), layout="constrained")
+        _, ax = plt.subplots(figsize=(8, 1.2 + 0.3 * len(table)), layout="constrained")
     several = table["backbone"].nunique() > 1
     names = [f"{row.setting}, {row.backbone}" if several else row.setting for row in table.itertuples()]
-    for place, row in enumerate(table.itertuples()):
-        colour = GREY if row.low <= 0 <= row.high else COLOURS[0]
-        _point(ax, row.difference, row.low, row.high, place, colour, "D", None, set())
-        ax.plot(row.seed_differences, [place + 0.25] * len(row.seed_differences), ".", color=colour, alpha=0.6)
-    ax.axvline(0, color="black", linewidth=1)
-    ax.set_yticks(range(len(names)), names)
-    ax.set_ylim(len(names) - 0.4, -0.6)
     against = table["against"].iloc[0] if table["against"].nunique() == 1 else "the setting it is compared with"
-    ax.set(xlabel=f"macro F1 minus that of: {against} (line: 95 % interval, dots: seeds)", ylabel="")
-    ax.set_title(title)
-    ax.grid(axis="y", visible=False)
+    if title is None:
+        clear = int(((table["low"] > 0) | (table["high"] < 0)).sum())
+        title = f"Difference in macro F1 on test: {clear or 'none'} of {len(table)} distinguishable"
+    xlabel = f"macro F1 minus that of: {against} (line: 95 % interval, dots: seeds)"
+    difference_intervals(table.assign(name=names), title, xlabel, ax)
+    for place, row in enumerate(table.itertuples()):
+        ax.plot(row.seed_differences, [place + 0.25] * len(row.seed_differences), ".", color=GREY, alpha=0.6)
     return ax
 
 

@@ -176,7 +176,6 @@ def test_randaugment_fills_with_the_air_of_each_picture():
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
     monkeypatch.setattr(config, "project_root", lambda: tmp_path / "project")
-    monkeypatch.setenv("CT_PROGRESS", "0")
     return load_folder(write_set(tmp_path / "set", per_class=20))
 
 

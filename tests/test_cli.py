@@ -30,7 +30,6 @@ def project(tmp_path_factory):
     write_set(folder / "set", per_class=4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config, "project_root", lambda: folder)
-        patch.setenv("CT_PROGRESS", "0")
         patch.setenv("CT_PROFILE", "quick")
         patch.setenv("CT_DEVICE", "cpu")
         patch.delenv("CT_WEIGHTS", raising=False)  # the default backbone's real weights come by pip

@@ -37,7 +37,6 @@ from ctutils.data import (
 def own_cache(monkeypatch, tmp_path):
     """Nothing is written to the project's data folder."""
     monkeypatch.setattr(config, "project_root", lambda: tmp_path / "project")
-    monkeypatch.setenv("CT_PROGRESS", "0")
 
 
 @pytest.fixture

@@ -29,11 +29,6 @@ from ctutils.training import train_model
 NORMAL = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.4)}
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setenv("CT_PROGRESS", "0")
-
-
 @pytest.fixture
 def seen(monkeypatch) -> list[int]:
     """The sizes of all batches that any backbone was given."""

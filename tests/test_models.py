@@ -47,7 +47,6 @@ def no_cache_no_network(monkeypatch, tmp_path):
         raise OSError("no network in tests")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setenv("CT_PROGRESS", "0")
     monkeypatch.setattr(weights, "_offline_until", 0.0)
     monkeypatch.setattr(weights, "_said", set())
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
@@ -190,7 +189,7 @@ def server(monkeypatch, tmp_path, small_state):
             pass
 
     monkeypatch.undo()
-    for variable, value in (("TORCH_HOME", str(tmp_path / "torch")), ("no_proxy", "*"), ("CT_PROGRESS", "0")):
+    for variable, value in (("TORCH_HOME", str(tmp_path / "torch")), ("no_proxy", "*")):
         monkeypatch.setenv(variable, value)
     web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
     threading.Thread(target=web.serve_forever, daemon=True).start()

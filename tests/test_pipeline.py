@@ -26,13 +26,6 @@ REAL, SMALL = "efficientnet_lite0", "mobilenet_v3_large"  # real weights by pip;
 EXACT = {"precision": "float32"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CT_PROGRESS", "0")
-        yield
-
-
 @pytest.fixture(scope="module")
 def room(tmp_path_factory) -> Path:
     """A folder with a data set, shared by the module: its store and features are made once."""

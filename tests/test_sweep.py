@@ -47,13 +47,6 @@ common = {{ epochs = 1 }}
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quiet():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CT_PROGRESS", "0")
-        yield
-
-
 @pytest.fixture(scope="module")
 def slices(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slices 한글")
