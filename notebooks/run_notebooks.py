@@ -266,6 +266,7 @@ def publish() -> None:
     target = ROOT / "data" / "reference_runs" / source.name
     shutil.rmtree(target, ignore_errors=True)
     copy_records(source, target)
+    shutil.copyfile(EXECUTED / "timings.json", target / "timings.json")
     readme = ROOT / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(RESULTS_BEGIN)
     table = results_markdown(list_runs(target)[0])
