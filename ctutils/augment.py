@@ -80,7 +80,7 @@ def _move(pixels, names):
     mirror = torch.where(torch.rand(count) < 0.5, -1.0, 1.0) if "flip" in names else torch.ones(count)
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     matrix = torch.stack([cos * mirror, -sin, x, sin * mirror, cos, y], 1).view(count, 2, 3)
-    grid = functional.affine_grid(matrix.to(pixels.device), list(pixels.shape), align_corners=False)
+    grid = functional.affine_grid(matrix.to(pixels.device, non_blocking=True), list(pixels.shape), align_corners=False)
     air = pixels[:, :, :1, :1]
     return functional.grid_sample(pixels - air, grid, padding_mode="zeros", align_corners=False) + air
 
@@ -93,7 +93,7 @@ def _blur(pixels, _names):
     count, reach = len(pixels), 4
     sigma = _draw(count, 0, 1.5).clamp(min=1e-3)[:, None]
     steps = torch.arange(-reach, reach + 1)[None]
-    kernel = torch.softmax(-0.5 * (steps / sigma) ** 2, 1).to(pixels.device)  # (B, 9), rows sum to 1
+    kernel = torch.softmax(-0.5 * (steps / sigma) ** 2, 1).to(pixels.device, non_blocking=True)  # (B, 9), rows sum to 1
     padded = functional.pad(pixels, [reach] * 4, mode="replicate").transpose(0, 1)  # (1, B, H + 8, W + 8)
     rows = functional.conv2d(padded, kernel[:, None, None, :], groups=count)
     return functional.conv2d(rows, kernel[:, None, :, None], groups=count).transpose(0, 1)
@@ -102,13 +102,13 @@ def _blur(pixels, _names):
 def _noise(pixels, _names):
     import torch
 
-    sigma = _draw(len(pixels), 0, 8).view(-1, 1, 1, 1).to(pixels.device)
+    sigma = _draw(len(pixels), 0, 8).view(-1, 1, 1, 1).to(pixels.device, non_blocking=True)
     return pixels + sigma * torch.randn(pixels.shape, device=pixels.device)
 
 
 def _jitter(pixels, _names):
-    contrast = _draw(len(pixels), 0.8, 1.2).view(-1, 1, 1, 1).to(pixels.device)
-    brightness = _draw(len(pixels), -20, 20).view(-1, 1, 1, 1).to(pixels.device)
+    contrast = _draw(len(pixels), 0.8, 1.2).view(-1, 1, 1, 1).to(pixels.device, non_blocking=True)
+    brightness = _draw(len(pixels), -20, 20).view(-1, 1, 1, 1).to(pixels.device, non_blocking=True)
     mean = pixels.mean((1, 2, 3), keepdim=True)
     return (pixels - mean) * contrast + mean + brightness
 

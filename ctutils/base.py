@@ -12,6 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# torchvision's normalisation of (R, G, B) in [0, 1].
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 # One row an epoch: what `train_model` returns and history.csv holds.
 HISTORY_COLUMNS = (
     "epoch",
@@ -124,6 +127,12 @@ def progress(iterable=None, **options):
     from tqdm.auto import tqdm
 
     return tqdm(iterable, disable=os.environ.get("CT_PROGRESS") == "0", **options)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the memory, of the GPU or of the machine, is full."""
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, without torch
+    return full or "can't allocate memory" in str(error).lower()
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ctutils.base import CTError, atomic_path, progress
+from ctutils.base import IMAGENET_MEAN, IMAGENET_STD, CTError, atomic_path, progress
 from ctutils.config import Settings, cache_dir
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ SPLIT_NAMES = {
 }
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 SMALLEST = 16  # pixels; a picture smaller than this on a side is no CT slice
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Image.MAX_IMAGE_PIXELS = 100_000_000  # PIL warns above this and raises above twice this
 
@@ -479,8 +477,12 @@ class SliceBatches:
     """
 
     def __init__(self, store, labels: np.ndarray, rows: np.ndarray, mean, std, augment=None):
-        self.store, self.labels, self.rows, self.augment = store, labels, rows, augment
-        self.mean, self.std = mean, std
+        import torch
+
+        self.device = "cpu" if isinstance(store, np.ndarray) else store.device
+        self.store, self.rows, self.augment = store, rows, augment
+        self.labels = torch.from_numpy(labels[rows]).to(self.device)
+        self.mean, self.std = (torch.tensor(three, device=self.device) for three in (mean, std))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -488,24 +490,22 @@ class SliceBatches:
     def __getitem__(self, indices: list[int]):
         import torch
 
-        rows = self.rows[np.asarray(indices)]
-        labels = torch.from_numpy(self.labels[rows])
-        if isinstance(self.store, np.ndarray):
-            images = torch.from_numpy(self.store[rows])[:, None]
+        # To a GPU only the indices travel, and nothing waits for them.
+        rows, here = torch.from_numpy(self.rows[indices]), torch.as_tensor(indices)
+        if self.device == "cpu":
+            images = torch.from_numpy(self.store[rows.numpy()])
         else:
-            device = self.store.device
-            images, labels = self.store[torch.from_numpy(rows).to(device)][:, None], labels.to(device)
-        if self.augment is not None:
-            images = self.augment(images)
-        return normalise(images, self.mean, self.std), labels
+            rows, here = rows.to(self.device, non_blocking=True), here.to(self.device, non_blocking=True)
+            images = self.store[rows]
+        images = images[:, None] if self.augment is None else self.augment(images[:, None])
+        return normalise(images, self.mean, self.std), self.labels[here]
 
 
 def normalise(images, mean, std):
     """Turn grey uint8 (B, 1, H, W) into network input float32 (B, 3, H, W): (value / 255 - mean) / std."""
     import torch
 
-    mean = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    mean, std = (torch.as_tensor(three, device=images.device).view(1, 3, 1, 1) for three in (mean, std))
     return (images.float() / 255 - mean) / std
 
 
@@ -581,8 +581,10 @@ class _Features:
     def __getitem__(self, indices: list[int]):
         import torch
 
-        indices = torch.as_tensor(indices, device=self.views.device)
-        view = torch.randint(len(self.views), (len(indices),)).to(indices.device) if len(self.views) > 1 else 0
+        device, view = self.views.device, 0
+        if len(self.views) > 1:
+            view = torch.randint(len(self.views), (len(indices),)).to(device, non_blocking=True)
+        indices = torch.as_tensor(indices).to(device, non_blocking=True)
         return self.views[view, indices], self.labels[indices]
 
 

@@ -1,5 +1,6 @@
 """One pass of a frozen backbone over the decoded slices, cached on disk: the fast way to train a head."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from ctutils.augment import build_augment
-from ctutils.base import CTError, atomic_path, progress, reuse_large_blocks
+from ctutils.base import CTError, atomic_path, is_out_of_memory, progress, reuse_large_blocks
 from ctutils.data import normalise
 from ctutils.inference import choose_precision, inference_copy
 from ctutils.models import state_sha256
@@ -43,7 +44,8 @@ def extract_features(
         mean, std: the backbone's normalisation.
         rows: which M slices of the store (default: all N).
         precision: `float32`, `bfloat16` or `auto`.
-        batch_size: slices at a time (default 16 on a CPU, 256 on a GPU); halved when the memory does not hold it.
+        batch_size: slices at a time (default 16 on a CPU, 256 on a GPU); a batch that the memory does not hold goes
+            through in halves.
         fold: False runs the layers one by one as they stand, for comparison.
         augment: a random change of a batch, see `build_augment`.
     Returns:
@@ -64,25 +66,29 @@ def extract_features(
     # Every grey value's normalised (R, G, B), looked up picture by picture: equal to the bit, and channels-last.
     greys = torch.arange(256, dtype=torch.uint8, device=device).view(256, 1, 1, 1)
     table = normalise(greys, mean, std).view(256, 3).to(dtype)
-    features, start = None, 0
-    with progress(total=len(rows), desc="One pass", unit="slice", leave=False) as bar:
-        while start < len(rows):
+    features, at_once = None, batch_size
+    exact = contextlib.nullcontext()
+    if on_gpu and precision == "float32":  # a GPU's convolutions would round to TF32
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with exact, progress(total=len(rows), desc="One pass", unit="slice", leave=False) as bar:
+        for start in range(0, len(rows), batch_size):
             grey = torch.from_numpy(store[rows[start : start + batch_size]])
             grey = (grey.pin_memory() if on_gpu else grey).to(device, non_blocking=True)
             if augment is not None:
                 grey = augment(grey[:, None])[:, 0]
             images = nn.functional.embedding(grey.int(), table).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
-            try:
-                batch = fast(images if fold else images.contiguous()).float()
-            except torch.OutOfMemoryError:
-                if batch_size == 1:
-                    raise
-                batch_size //= 2
-                continue
+            images = images if fold else images.contiguous()
+            batch = None
+            while batch is None:
+                try:
+                    batch = torch.cat([fast(part) for part in images.split(at_once)]).float()
+                except (RuntimeError, MemoryError) as error:
+                    if at_once == 1 or not is_out_of_memory(error):
+                        raise
+                    at_once = (min(at_once, len(images)) + 1) // 2
             if features is None:
                 features = torch.empty(len(rows), batch.shape[1], device=device)
             features[start : start + len(batch)] = batch
-            start += len(batch)
             bar.update(len(batch))
     if not torch.isfinite(features).all():
         raise CTError(f"features that are not finite ({precision})", "finite numbers", "use precision float32")
@@ -108,7 +114,8 @@ def cached_features(
     """Return `extract_features`, from `data/cache/features` if the very same pass was made before.
 
     The key holds all that the result depends on: the slices' fingerprint, their size, the backbone with the
-    hash of its weights and BatchNorm statistics as they stand, the normalisation and the precision.
+    hash of its weights and BatchNorm statistics as they stand, the normalisation, the precision and the kind of
+    device (the random views are drawn in its batches).
 
     Args:
         name: the backbone's name, for the file name.
@@ -133,6 +140,7 @@ def cached_features(
         "mean": list(mean),
         "std": list(std),
         "precision": precision,
+        "device": torch.device(device).type,
         "views": [*augmentations, views, seed] if augmentations else None,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -149,7 +157,8 @@ def cached_features(
     if augmentations:
         augment, passes = build_augment(tuple(augmentations)), []
         for view in range(views):
-            with torch.random.fork_rng():  # the caller's random numbers stay where they were
+            devices = [torch.device(device)] if device.startswith("cuda") else []
+            with torch.random.fork_rng(devices=devices):  # the caller's random numbers stay where they were
                 torch.manual_seed(seed * 100_003 + view)
                 passes.append(extract_features(backbone, store, augment=augment, **options))
         features = torch.stack(passes)

@@ -25,7 +25,7 @@ def choose_precision(precision: str, device: str) -> str:
     if precision != "auto":
         return precision
     if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     return "bfloat16" if device == "cpu" and has_bf16() else "float32"
 
@@ -139,7 +139,8 @@ class _FusedConv(nn.Module):
 def _onednn_fuses() -> bool:
     """Whether this torch has the calls of `_FusedConv`, and they say what the layers say."""
     try:
-        conv, x = nn.Conv2d(3, 4, 3, padding=1), torch.linspace(-1, 1, 75).view(1, 3, 5, 5)
+        with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay where they were
+            conv, x = nn.Conv2d(3, 4, 3, padding=1), torch.linspace(-1, 1, 75).view(1, 3, 5, 5)
         y = conv(x).detach()
         with torch.no_grad():
             alone = _FusedConv(conv, "hardswish", [])(x)

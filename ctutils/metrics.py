@@ -195,27 +195,21 @@ def paired_difference(
     Raises:
         CTError: as `bootstrap_interval`.
     """
-    statistic = _statistic(metric, n, level)
-    y_true, preds, num_classes = _predictions(y_true, [score_a, score_b], num_classes)
-    a, b = (float(statistic(confusion(y_true, y_pred, num_classes))) for y_pred in preds)
-    draws_a, draws_b = _draw_confusions(y_true, preds, num_classes, n, np.random.default_rng(seed))
-    low, high = _limits(statistic(draws_a) - statistic(draws_b), a - b, level)
-    verdict = "not distinguishable on these slices"
-    if low > 0 or high < 0:
-        verdict = f"{names[0] if low > 0 else names[1]} is higher"
-    return PairedDifference(a - b, low, high, verdict)
+    return seeds_difference(y_true, [score_a], [score_b], metric, n, seed, level, names, num_classes)
 
 
 def seeds_difference(
     y_true: np.ndarray,
     scores_a: Sequence[np.ndarray],
     scores_b: Sequence[np.ndarray],
+    metric: str = "macro_f1",
     n: int = 2000,
     seed: int = 0,
     level: float = 0.95,
     names: tuple[str, str] = ("A", "B"),
+    num_classes: int | None = None,
 ) -> PairedDifference:
-    """Compare two ways to train, each repeated over seeds: the mean macro F1 of A's runs minus that of B's.
+    """Compare two ways to train, each repeated over seeds: the mean metric of A's runs minus that of B's.
 
     As `paired_difference`, with the same weights of the slices for every run of both. The interval is over
     slices; how far the seeds lie apart must be shown beside it.
@@ -224,14 +218,14 @@ def seeds_difference(
         y_true: int (N,) in [0, C).
         scores_a: one a seed: predicted classes int (N,), or scores float (N, C), rows in the same order.
         scores_b: as `scores_a`, one or more.
-        n, seed, level, names: as in `paired_difference`.
+        metric, n, seed, level, names, num_classes: as in `paired_difference`.
     Raises:
         CTError: no scores, or as `bootstrap_interval`.
     """
     if not len(scores_a) or not len(scores_b):
         raise CTError("no scores", "one run or more of both ways", "train them first")
-    statistic = _statistic("macro_f1", n, level)
-    y_true, preds, num_classes = _predictions(y_true, [*scores_a, *scores_b], None)
+    statistic = _statistic(metric, n, level)
+    y_true, preds, num_classes = _predictions(y_true, [*scores_a, *scores_b], num_classes)
     share = np.r_[np.full(len(scores_a), 1 / len(scores_a)), np.full(len(scores_b), -1 / len(scores_b))]
     difference = float(share @ [float(statistic(confusion(y_true, y_pred, num_classes))) for y_pred in preds])
     draws = _draw_confusions(y_true, preds, num_classes, n, np.random.default_rng(seed))

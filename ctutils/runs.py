@@ -280,9 +280,9 @@ def predictions_table(folder, scores: dict[str, np.ndarray]) -> pd.DataFrame:
         CTError: a split with another number of rows.
     Source: notebook 05, "the run record".
     """
-    parts = []
+    parts, slices = [], folder.slices.assign(path=folder.slices.get("shown", folder.slices["path"]))
     for split, y_score in scores.items():
-        part = folder.slices.loc[folder.slices["split"] == split, ["path", "split", "label"]].reset_index(drop=True)
+        part = slices.loc[slices["split"] == split, ["path", "split", "label"]].reset_index(drop=True)
         if len(part) != len(y_score):
             raise CTError(f"{len(y_score)} scores for '{split}'", f"{len(part)}", "score every slice, in order")
         part[[f"p_{name}" for name in folder.classes]] = np.asarray(y_score, dtype=np.float64)

@@ -4,6 +4,7 @@ A plan is a TOML file: backbones x settings x seeds. `notebooks/plans/` holds th
 """
 
 import dataclasses
+import functools
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ctutils.base import CTError, atomic_path, progress, read_json, write_json
+from ctutils.base import CTError, atomic_path, progress, write_json
 from ctutils.config import Profile, Settings
 from ctutils.metrics import seeds_difference
 from ctutils.runs import Run, load_run
@@ -107,10 +108,10 @@ def read_sweep(path: str | Path, profile: Profile | str) -> Sweep:
     path, profile = Path(path), getattr(profile, "name", profile)
     where = f"'{path.name}'"
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise CTError(f"no plan '{path}'", "a TOML file", "see notebooks/plans for examples") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise CTError(f"{where}, which is not TOML ({error})", "a plan", "see notebooks/plans for examples") from error
     _refuse_unknown(where, content, PLAN_KEYS)
     changes = content.get(profile, {})
@@ -124,27 +125,32 @@ def read_sweep(path: str | Path, profile: Profile | str) -> Sweep:
         _need_type(where, key, value, kind)
         return value
 
-    seeds, backbones = look_up("seeds", list), look_up("backbones", list)
+    seeds, backbones = look_up("seeds", list), _names(where, "backbones", look_up("backbones", list))
+    for part in (content, changes):
+        _need_type(where, "common", part.get("common", {}), dict)
     common = {**content.get("common", {}), **changes.get("common", {})}
     _refuse_unknown(f"{where}, [common]", common, FIELDS)
     settings = content.get("settings", {})
     _need_type(where, "settings", settings, dict)
-    kept = changes.get("settings", list(settings))
+    kept = _names(where, "settings", changes.get("settings", list(settings)))
     _refuse_unknown(f"{where}, [{profile}] settings", dict.fromkeys(kept), set(settings))
     jobs = []
     for setting in kept or look_up("settings", dict):
         own = settings[setting]
         _need_type(where, f"settings.{setting}", own, dict)
         _refuse_unknown(f"{where}, [settings.{setting}]", own, FIELDS | SETTING_KEYS)
+        _names(where, f"settings.{setting}.backbones", own.get("backbones", []))
         against = own.get("against")
-        if against is not None and against not in settings:
-            _refuse_unknown(f"{where}, [settings.{setting}] against", {against: None}, set(settings))
+        if against is not None and against not in list(settings):
+            _refuse_unknown(f"{where}, [settings.{setting}] against", {str(against): None}, set(settings))
         values = {**common, **{key: value for key, value in own.items() if key not in SETTING_KEYS}}
         for backbone in _backbones(own, backbones, "backbones" in changes):
             for seed in seeds:
                 name = "-".join(re.sub(r"\W+", "-", part).strip("-") for part in (setting, backbone, f"s{seed}"))
                 every = {**values, "backbone": backbone, "seed": seed}
                 jobs.append(Job(name, setting, backbone, seed, against if against in kept else None, every))
+    if not jobs:
+        raise CTError(f"{where} without a run in profile {profile}", "one or more", "keep a backbone of its settings")
     names = [job.name.casefold() for job in jobs]
     for name in sorted({name for name in names if names.count(name) > 1}):
         raise CTError(f"two runs called '{name}' in {where}", "one name a run", "rename a setting, or drop one of two")
@@ -158,6 +164,13 @@ def _backbones(own: dict, backbones: list[str], narrowed: bool) -> list[str]:
     return [name for name in own["backbones"] if not narrowed or name in backbones]
 
 
+def _names(where: str, key: str, value) -> list[str]:
+    _need_type(where, key, value, list)
+    for name in value:
+        _need_type(where, key, name, str)
+    return value
+
+
 def _refuse_unknown(where: str, found: dict, known: set[str]) -> None:
     unknown = [str(key) for key in found if key not in known]
     if unknown:
@@ -166,7 +179,7 @@ def _refuse_unknown(where: str, found: dict, known: set[str]) -> None:
 
 def _need_type(where: str, key: str, value, kind: type) -> None:
     if not isinstance(value, kind):
-        word = {dict: "a table", list: "a list"}[kind]
+        word = {dict: "a table", list: "a list", str: "a list of names"}[kind]
         raise CTError(f"{where} with {key} = {value!r}", f"{word}", "see notebooks/plans for examples")
 
 
@@ -201,7 +214,7 @@ def run_sweep(
     """Run what is not done yet.
 
     A record counts as done when it was made with the same settings, profile, weights and slices as the plan asks
-    for now. An interrupted run goes on from its last epoch. A run that fails leaves its message in
+    for now. An interrupted run goes on from its last checkpoint. A run that fails leaves its message in
     `<run>.failed.json`, and the others go on.
 
     Args:
@@ -226,7 +239,7 @@ def run_sweep(
             bar.set_postfix_str(job.name)
             try:
                 wanted = _identity(job, settings, data)
-                if _is_done(out, wanted):
+                if _finished(out, wanted):
                     skipped.append(job.name)
                 else:
                     plan, quiet = _plan(job, data), {"say": lambda _: None, "keep_weights": keep_weights}
@@ -256,8 +269,8 @@ def sweep_status(sweep: Sweep, settings: Settings) -> pd.DataFrame:
     folder, rows = sweep.folder(settings), []
     for index, job in enumerate(sweep.jobs):
         out, scores = folder / job.name, {}
-        if _is_done(out, _identity(job, settings)):
-            status, scores = "done", read_json(out / "run.json")["scores"]
+        if run := _finished(out, _identity(job, settings)):
+            status, scores = "done", run.record["scores"]
         elif (folder / f"{job.name}.failed.json").exists():
             status = "failed"
         elif (folder / f".{job.name}.checkpoint.pt").exists():
@@ -308,15 +321,15 @@ def _identity(job: Job, settings: Settings, data: _Data | None = None) -> dict:
     return json.loads(json.dumps(identity))
 
 
-def _is_done(out: Path, wanted: dict) -> bool:
-    """Tell whether a finished record with these settings stands in `out`."""
+def _finished(out: Path, wanted: dict) -> Run | None:
+    """Return the finished record with these settings that stands in `out`, if there is one."""
     try:
-        record = load_run(out).record
+        run = load_run(out)
     except CTError:
-        return False  # absent or damaged
-    made = record.get("sweep", {}).get("identity", {})
+        return None  # absent or damaged
+    made = run.record.get("sweep", {}).get("identity", {})
     made = made if "slices" in wanted else {key: value for key, value in made.items() if key != "slices"}
-    return not record.get("interrupted") and made == wanted
+    return run if made == wanted and not run.record.get("interrupted") else None
 
 
 # ---------------------------------------------------------------- comparing
@@ -329,8 +342,9 @@ def load_sweep(sweep: Sweep, settings: Settings) -> dict[tuple[str, str], list[R
     """
     folder, found = sweep.folder(settings), {}
     for key, jobs in sweep.groups().items():
-        if all(_is_done(folder / job.name, _identity(job, settings)) for job in jobs):
-            found[key] = [load_run(folder / job.name) for job in jobs]
+        runs = [_finished(folder / job.name, _identity(job, settings)) for job in jobs]
+        if all(runs):
+            found[key] = runs
     return found
 
 
@@ -345,9 +359,11 @@ def compare_settings(sweep: Sweep, runs: dict[tuple[str, str], list[Run]], split
     Args:
         runs: from `load_sweep`.
         split: whose predictions.
+    Raises:
+        CTError: records that do not belong together: other slices, or some with random weights and some without.
     """
-    rows = []
-    for (setting, backbone), jobs in sweep.groups().items():
+    rows, groups = [], sweep.groups()
+    for (setting, backbone), jobs in groups.items():
         if (setting, backbone) not in runs:
             continue
         ours, against = runs[setting, backbone], jobs[0].against
@@ -355,12 +371,16 @@ def compare_settings(sweep: Sweep, runs: dict[tuple[str, str], list[Run]], split
         row = {"setting": setting, "backbone": backbone, "points": tuple(round(value, 4) for value in points)}
         row |= {"mean": float(np.mean(points)), "against": against or ""}
         theirs = runs.get((against, backbone))
+        _need_same(f"'{setting}', {backbone}", "weights", [run.record["weights"]["kind"] for run in ours])
         if theirs:
-            y_true = ours[0].y_true(split)
-            if any(not np.array_equal(run.y_true(split), y_true) for run in [*ours, *theirs]):
-                raise CTError(
-                    f"'{setting}' and '{against}' with other {split} slices", "the same", "run the plan again"
-                )
+            both, y_true = [*ours, *theirs], ours[0].y_true(split)
+            asked = {some[0].values.get("weights") for some in (jobs, groups[against, backbone])}
+            if len(asked) == 1:  # from scratch differs on purpose
+                _need_same(f"'{setting}' and '{against}'", "weights", [run.record["weights"]["kind"] for run in both])
+            if split == "test":
+                tested = [run.record["sweep"]["identity"]["slices"][-1] for run in both]
+                _need_same(f"'{setting}' and '{against}'", "test slices", tested)
+            _need_same(f"'{setting}' and '{against}'", "labels", [run.y_true(split).tobytes() for run in both])
             scores = [[run.y_score(split) for run in some] for some in (ours, theirs)]
             found = seeds_difference(y_true, *scores, names=(setting, against))
             other = [run.record["scores"][split]["macro_f1"] for run in theirs]
@@ -384,6 +404,13 @@ def compare_settings(sweep: Sweep, runs: dict[tuple[str, str], list[Run]], split
         "verdict",
     ]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _need_same(who: str, what: str, found: list) -> None:
+    if len(set(found)) > 1:
+        raise CTError(
+            f"{who}: records with different {what}", "the same", "delete these records and run the plan again"
+        )
 
 
 def say_differences(table: pd.DataFrame) -> list[str]:
@@ -410,23 +437,24 @@ def pack_runs(sweep: Sweep, settings: Settings, out: str | Path) -> Path:
         out: folder; records there of the same names are replaced.
     Returns:
         the path of `sweep.json`: for each run seconds, slices a second of its epochs, its share of what the
-        processor reaches in bfloat16 (a large matrix product), and for each setting the sum of the seconds.
+        processor reaches in bfloat16 (a large matrix product; of runs on this kind of device only), and for each
+        setting the sum of the seconds.
     """
     out = Path(out)
     rows, sums = [], {}
     ceiling = _bfloat16_ceiling(settings.device)
     for job in sweep.jobs:
         source = sweep.folder(settings) / job.name
-        try:
-            run = load_run(source)
-        except CTError:
+        run = _finished(source, _identity(job, settings))
+        if run is None:
             continue
         target = out / job.name
         target.mkdir(parents=True, exist_ok=True)
         for name in ("run.json", "history.csv", "predictions.csv"):
             with atomic_path(target / name) as temporary:
                 shutil.copyfile(source / name, temporary)
-        rows.append({"run": job.name, "setting": job.setting, **_speed(run, ceiling)})
+        here = run.record["device"] == settings.device  # the ceiling is that of this machine
+        rows.append({"run": job.name, "setting": job.setting, **_speed(run, ceiling if here else None)})
         sums[job.setting] = sums.get(job.setting, 0) + run.record["seconds"]["total"]
     report = {"plan": sweep.name, "profile": settings.profile.name, "device": _device_name(settings.device)}
     report |= {"bfloat16_tflops": round(ceiling / 1e12, 2), "seconds": {k: round(v, 1) for k, v in sums.items()}}
@@ -434,20 +462,21 @@ def pack_runs(sweep: Sweep, settings: Settings, out: str | Path) -> Path:
     return out / "sweep.json"
 
 
-def _speed(run: Run, ceiling: float) -> dict:
+def _speed(run: Run, ceiling: float | None) -> dict:
     record, seconds = run.record, run.record["seconds"]
     counts = {split: sum(classes.values()) for split, classes in record["data"]["counts"].items()}
     found = {"seconds": {key: round(value, 2) for key, value in seconds.items()}}
     if record["trained"] != "head":  # the whole network saw every slice; training costs three forward passes
         epoch = float(np.median(run.history["seconds"]))
-        work = (3 * counts["train"] + counts["val"]) * _forward_flops(record["backbone"], record["image_size"])
         found["epoch_seconds"] = round(epoch, 3)
         found["slices_a_second"] = round((counts["train"] + counts["val"]) / epoch, 1)
-        if record["trained"] == "all":
+        if record["trained"] == "all" and ceiling:
+            work = (3 * counts["train"] + counts["val"]) * _forward_flops(record["backbone"], record["image_size"])
             found["share_of_bfloat16_ceiling"] = round(work / epoch / ceiling, 4)
     return found
 
 
+@functools.cache
 def _forward_flops(backbone: str, size: int) -> float:
     """Count the operations of one picture's forward pass, multiply and add counted apart."""
     import torch
@@ -473,7 +502,7 @@ def _bfloat16_ceiling(device: str) -> float:
         for _ in range(4):
             a @ a
         if device.startswith("cuda"):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         best = max(best, 4 * 2 * side**3 / (time.perf_counter() - start))
     return best
 

@@ -12,10 +12,14 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
-from ctutils.base import HISTORY_COLUMNS, CTError, atomic_path, progress
+from ctutils.base import HISTORY_COLUMNS, CTError, atomic_path, is_out_of_memory, progress
 from ctutils.metrics import accuracy, macro_f1
 
 log = logging.getLogger(__name__)
+
+
+class OtherCheckpoint(CTError):
+    """A checkpoint that is damaged, or of another run."""
 
 
 @dataclasses.dataclass
@@ -25,12 +29,11 @@ class Batching:
     Attributes:
         at_once: examples that go through at a time, their gradients added up; None: the whole batch. It is
             halved when the memory is full, and stays so. BatchNorm that is being trained sees the parts only.
-        bfloat16: multiply in bfloat16 (autocast); None: on a GPU. It has float32's range, so that no gradient
-            scaler is needed.
+        bfloat16: multiply in bfloat16 (autocast). It has float32's range, so that no gradient scaler is needed.
     """
 
     at_once: int | None = None
-    bfloat16: bool | None = None
+    bfloat16: bool = False
 
 
 @dataclasses.dataclass
@@ -178,7 +181,7 @@ def _one_batch(model, criterion, inputs, labels, optimizer, batching, check_labe
             scored = _in_parts(model, criterion, inputs, labels, optimizer, batching, check_labels)
             break
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         now = min(batching.at_once or len(labels), len(labels))
         if now == 1:
@@ -197,23 +200,23 @@ def _one_batch(model, criterion, inputs, labels, optimizer, batching, check_labe
 def _in_parts(model, criterion, inputs, labels, optimizer, batching, check_labels):
     """Return loss (mean over the batch), mass (what it counts), labels (B,) and logits (B, C)."""
     device = next(model.parameters()).device
-    bfloat16 = device.type == "cuda" if batching.bfloat16 is None else batching.bfloat16
     size = batching.at_once or len(labels)
-    total = _mass(criterion, labels.to(device, non_blocking=True))
+    low, high = (int(labels.min()), int(labels.max())) if check_labels else (0, 0)
+    labels = labels.to(device, non_blocking=True)
+    total = _mass(criterion, labels)
     if optimizer is not None:
         optimizer.zero_grad()
     losses, all_labels, all_logits = [], [], []
     for part, part_labels in zip(inputs.split(size), labels.split(size), strict=True):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=batching.bfloat16):
             logits = model(part.to(device, non_blocking=True))
         logits = logits.float()
-        if check_labels and not (0 <= int(part_labels.min()) and int(part_labels.max()) < logits.shape[1]):
+        if low < 0 or high >= logits.shape[1]:
             raise CTError(
-                f"labels from {int(labels.min())} to {int(labels.max())} and {logits.shape[1]} outputs",
+                f"labels from {low} to {high} and {logits.shape[1]} outputs",
                 f"labels from 0 to {logits.shape[1] - 1}",
                 "give the head one output a class",
             )
-        part_labels = part_labels.to(device, non_blocking=True)
         loss = criterion(logits, part_labels) * (_mass(criterion, part_labels) / total)
         if optimizer is not None:
             loss.backward()  # adds to the gradient of the parts before
@@ -227,11 +230,6 @@ def _mass(criterion, labels):
     """Return what a mean loss divides by: the examples, or the sum of their class weights."""
     weight = getattr(criterion, "weight", None)
     return len(labels) if weight is None else weight[labels].sum()
-
-
-def _is_out_of_memory(error) -> bool:
-    text = str(error).lower()
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
 
 
 def train_model(
@@ -454,20 +452,19 @@ def _save(path, model, optimizer, scheduler, seed, history, best_epoch, best_sco
 
 
 def _load(path, model, optimizer, scheduler, seed):
-    device = next(model.parameters()).device
     mend = "delete the checkpoint to start again"
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)  # what loads it moves it
         saved, best = dict(state["run"]), state["best"]
     except Exception as error:  # a damaged file may raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CTError(f"a checkpoint '{path.name}' that cannot be read ({reason})", "one of this run", mend) from error
+        found = f"a checkpoint '{path.name}' that cannot be read ({reason})"
+        raise OtherCheckpoint(found, "one of this run", mend) from error
     wanted = _identity(model, optimizer, scheduler, seed)
     other = [key for key in wanted if saved.get(key) != wanted[key]]
     if other:
-        raise CTError(
-            f"a checkpoint '{path.name}' of another run (not the same {', '.join(other)})", "one of this run", mend
-        )
+        found = f"a checkpoint '{path.name}' of another run (not the same {', '.join(other)})"
+        raise OtherCheckpoint(found, "one of this run", mend)
     model.load_state_dict(state["model"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     if scheduler:

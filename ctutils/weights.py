@@ -58,7 +58,9 @@ def imagenet_file(spec: BackboneSpec, *, patient: bool) -> tuple[Path, str]:
         try:
             _download(spec.url, path, spec.weights_file)
         except (OSError, CTError) as error:  # URLError, timeouts and a full disk are OSErrors or CTErrors
-            raise NoWeights(f"the download of ImageNet weights failed ({error})", mend) from error
+            cause = error.__cause__ or error
+            why = getattr(cause, "strerror", None) or getattr(cause, "reason", None) or getattr(cause, "found", cause)
+            raise NoWeights(f"the download of ImageNet weights failed ({why})", mend) from error  # no path in a record
     return path, f"ImageNet, torchvision IMAGENET1K_V1 ('{spec.weights_file}')"
 
 

@@ -11,6 +11,7 @@ from helpers import files_below, tiny_cnn, user_error, write_set
 from torch import nn
 
 from ctutils import base, features, inference, models
+from ctutils.augment import build_augment
 from ctutils.data import SliceBatches, build_store, feature_loaders, load_folder, make_loaders, normalise
 from ctutils.features import cached_features, extract_features
 from ctutils.inference import choose_precision, inference_copy
@@ -135,7 +136,8 @@ def test_copy_is_folded_and_the_backbone_stays_as_it_is():
     fast = inference_copy(part, "bfloat16")
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in fast.modules()), "BatchNorm costs a pass over memory"
     assert sum(isinstance(layer, nn.BatchNorm2d) for layer in part.modules()) == 53
-    tensors = [*fast.parameters()]
+    tensors = [layer.weight for layer in fast.modules() if getattr(layer, "weight", None) is not None]
+    assert sum(t.ndim == 4 for t in tensors) == 53, "a weight for each of its convolutions"
     assert all(t.dtype == torch.bfloat16 and not t.requires_grad for t in tensors)
     assert all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors if t.ndim == 4)
     assert state_sha256(part) == before and next(part.parameters()).dtype == torch.float32
@@ -253,6 +255,34 @@ def test_fused_convolutions_are_used_only_where_they_are_right(monkeypatch, stat
     assert relative(found, plainly(backbone(), store_of(), **NORMAL)) < 1e-5
 
 
+def test_random_views_do_not_depend_on_the_memory(monkeypatch):
+    def views() -> torch.Tensor:
+        torch.manual_seed(0)
+        change = build_augment(("rotate", "noise"))
+        return extract_features(backbone(), store_of(7), **NORMAL, precision="float32", batch_size=4, augment=change)
+
+    expected, made = views(), features.inference_copy
+    monkeypatch.setattr(features, "inference_copy", lambda *a, **k: narrow(made(*a, **k), 1))
+    assert relative(views(), expected) < 1e-6
+
+
+def narrow(module: nn.Module, limit: int) -> nn.Module:
+    """Let a module say that the memory is full when it gets more than `limit` pictures."""
+
+    def full(_module, inputs):
+        if len(inputs[0]) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    module.register_forward_pre_hook(full)
+    return module
+
+
+def test_pass_leaves_the_callers_random_numbers_alone():
+    before = torch.get_rng_state()
+    extract_features(backbone(), store_of(), **NORMAL, precision="float32")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_weights_are_laid_out_once_and_means_are_quick(monkeypatch):
     if not inference._onednn_fuses():
         pytest.skip("this torch has no fused convolutions")
@@ -272,20 +302,8 @@ def test_weights_are_laid_out_once_and_means_are_quick(monkeypatch):
 def test_full_memory_halves_the_batch(seen, monkeypatch):
     expected = extract_features(backbone(), store_of(7), **NORMAL, precision="float32", batch_size=2)
     seen.clear()
-    counted = features.inference_copy
-
-    def small(*args, **options):
-        fast = counted(*args, **options)
-
-        def full(_module, inputs):
-            if len(inputs[0]) > limit:
-                raise torch.OutOfMemoryError("CUDA out of memory")
-
-        fast.register_forward_pre_hook(full)
-        return fast
-
-    monkeypatch.setattr(features, "inference_copy", small)
-    limit = 2
+    counted, limit = features.inference_copy, 2
+    monkeypatch.setattr(features, "inference_copy", lambda *a, **k: narrow(counted(*a, **k), limit))
     found = extract_features(backbone(), store_of(7), **NORMAL, precision="float32", batch_size=8)
     assert relative(found, expected) < 1e-6
     assert seen == [7, 4, 2, 2, 2, 1]
@@ -341,7 +359,7 @@ def test_allocator_is_set_where_there_is_one(monkeypatch, system):
 def test_auto_precision_follows_the_processor(monkeypatch):
     for has, precision in ((True, "bfloat16"), (False, "float32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has: has, raising=False)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has: has)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True, has=has: has)
         assert choose_precision("auto", "cpu") == choose_precision("auto", "cuda:1") == precision
         assert choose_precision("auto", "mps") == "float32"
         assert choose_precision("float32", "cpu") == "float32"

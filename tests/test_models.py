@@ -1,6 +1,7 @@
 """The backbones: places, weights policy, freezing, cutting, BatchNorm, saving and restoring."""
 
 import dataclasses
+import errno
 import http.server
 import pickle
 import re
@@ -216,6 +217,15 @@ def test_download_cut_short_leaves_nothing(server):
     assert build_model(SMALL, "auto")[1].kind == "random"
     checkpoints = server.parent.parent / "torch" / "hub" / "checkpoints"
     assert list(checkpoints.iterdir()) == []
+
+
+def test_full_disk_is_told_without_a_path(server, monkeypatch):
+    def full(*_args):
+        raise CTError("no room for '/home/kim/x.pth'", "more", "make room") from OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(weights, "_download", full)
+    note = build_model(SMALL, "auto")[1].note  # goes into the run record, which refuses paths of one machine
+    assert "No space left" in note and "/home" not in note
 
 
 def test_cached_file_cut_short_is_an_error(tmp_path):

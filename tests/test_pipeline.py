@@ -720,3 +720,22 @@ def test_record_without_weights_or_from_other_weights(random_run, room, tmp_path
 
 def test_module_uses_no_folder_of_the_project(room):
     assert config.cache_dir() not in room.parents and (room / "cache" / "features").is_dir()
+
+
+# --- GPU ---
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "way",
+    [{}, {"augment": ("rotate", "noise"), "views": 2}, {"augment": ("flip",), "unfreeze": "all"}, {"bn": "drift"}],
+    ids=str,
+)
+def test_run_on_a_gpu_goes_on_after_a_stop(plan, settings, tmp_path, monkeypatch, way):
+    on_gpu = dataclasses.replace(settings, device="cuda")
+    whole = run_plan(change(plan, **way), on_gpu, tmp_path / "whole", say=lambda text: None)
+    with monkeypatch.context() as patch:
+        stop_in_epoch(patch, 2)
+        run_plan(change(plan, **way), on_gpu, tmp_path / "run", say=lambda text: None)
+    resumed = run_plan(change(plan, **way), on_gpu, tmp_path / "run", resume=True, say=lambda text: None)
+    assert numbers(resumed) == numbers(whole) and whole.record["device"] == "cuda"

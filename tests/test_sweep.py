@@ -1,5 +1,6 @@
 """sweep: the plan file, what is skipped and what runs again, interruption, failures, comparison, packing."""
 
+import copy
 import dataclasses
 import json
 
@@ -8,7 +9,7 @@ import pandas as pd
 import pytest
 from helpers import files_below, user_error, write_set
 
-from ctutils import cli, config, pipeline, sweep, training
+from ctutils import cli, config, pipeline, sweep, training, weights
 from ctutils.base import CTError
 from ctutils.config import Profile, Settings
 from ctutils.pipeline import Plan
@@ -133,12 +134,27 @@ def test_table_shows_what_differs(write):
         (f'backbones = ["{SMALL}"]', "", ("without backbones",)),
         ('"more flips"', '"PLAIN"', ("two runs called", "rename")),
         ("[settings.plain]", "[settings.plain", ("not TOML",)),
+        ("common = { epochs = 1 }", "common = 3", ("common = 3", "a table")),
+        ('against = "plain"', 'against = ["plain"]', ("against with ['plain']",)),
+        (f'["{SMALL}"]', "[3]", ("backbones = 3", "names")),
+        ("views = 2", f'views = 2\nbackbones = "{SMALL}"', ("settings.more flips.backbones", "a list")),
+        ("[quick]\n", '[quick]\nbackbones = ["vgg16"]\n', ("without a run in profile quick",)),
     ],
 )
 def test_faulty_plan_is_one_message(write, old, new, words):
     text = TEXT.replace("[quick]", "[standard]") if "[standard]" in words[0] else TEXT
+    if "in profile quick" in words[0]:
+        text = text.replace("[settings.plain]", f'[settings.plain]\nbackbones = ["{SMALL}"]')
+        text = text.replace("views = 2", f'views = 2\nbackbones = ["{SMALL}"]')
     with user_error("flips.toml", *words):
-        write(text, change={old: new})
+        write(text, "quick" if "quick" in words[0] or "common = 3" in words else "standard", change={old: new})
+
+
+def test_plan_written_by_notepad_is_read(write, tmp_path):
+    write()
+    path = tmp_path / "flips.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(read_sweep(path, "standard").jobs) == 4
 
 
 def test_plan_that_is_not_there(tmp_path):
@@ -166,7 +182,7 @@ def test_done_runs_are_skipped_and_leave_no_weights(write, settings, counted):
     assert run_sweep(write(), settings, keep_weights=True).skipped == first.done
 
 
-def test_changed_plan_runs_again_only_what_changed(write, settings, counted):
+def test_changed_plan_runs_again_only_what_changed(write, settings, counted, monkeypatch):
     run_sweep(write(), settings)
     counted.clear()
     run_sweep(write(change={"views = 2": "views = 3"}), settings)
@@ -178,6 +194,7 @@ def test_changed_plan_runs_again_only_what_changed(write, settings, counted):
     bigger = dataclasses.replace(settings, profile=dataclasses.replace(settings.profile, image_size=72))
     outcome = run_sweep(write(), bigger)
     assert len(outcome.done) == 4, "what the profile decides is part of a run"
+    monkeypatch.setattr(weights, "_answers", lambda *_args, **_kwargs: False)  # no test asks the network
     assert len(run_sweep(write(), dataclasses.replace(bigger, weights="auto")).done) == 4
 
 
@@ -274,6 +291,25 @@ def test_checkpoint_of_an_older_plan_is_no_hindrance(write, settings, monkeypatc
     assert len(outcome.done) == 4 and not outcome.failed
 
 
+@pytest.mark.parametrize("damaged", [".pt", ".json"])
+def test_damaged_checkpoint_is_no_hindrance(write, settings, monkeypatch, damaged):
+    plan, real, calls = write(), training.train_one_epoch, []
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "train_one_epoch", stopped)
+        run_sweep(plan, settings, index=0)
+    checkpoint = plan.folder(settings) / f".{plan.jobs[0].name}.checkpoint.pt"
+    assert checkpoint.exists()
+    checkpoint.with_suffix(damaged).write_text("{half a file")
+    assert run_sweep(plan, settings, index=0).done == (plan.jobs[0].name,)
+
+
 def test_index_runs_one_job(write, settings, counted):
     plan = write()
     assert run_sweep(plan, settings, index=2).done == (plan.jobs[2].name,) and counted == [(("flip",), 0)]
@@ -284,9 +320,9 @@ def test_index_runs_one_job(write, settings, counted):
 
 
 def test_other_data_and_another_test_split(write, settings, tmp_path):
-    for name in ("a", "b"):
-        write_set(tmp_path / name, per_class=3 if name == "a" else 5)
-    where = f'data = "{tmp_path / "a"}"\ntest_data = "{tmp_path / "b"}"'
+    write_set(tmp_path / "a", per_class=3)
+    write_set(tmp_path / "elsewhere" / "b", per_class=5)
+    where = f'data = "{tmp_path / "a"}"\ntest_data = "{tmp_path / "elsewhere" / "b"}"'
     plan = write(change={"views = 2": where, 'augment = ["flip"]\n': ""})
     outcome = run_sweep(plan, settings)
     assert not outcome.failed, outcome
@@ -358,8 +394,22 @@ def test_runs_on_other_slices_are_not_compared(compared):
         else some
         for key, some in runs.items()
     }
-    with user_error("other test slices", "run the plan again"):
+    with user_error("different labels", "run the plan again"):
         compare_settings(plan, cut)
+
+
+@pytest.mark.parametrize("what", ["test slices", "weights"])
+def test_records_that_do_not_belong_together_are_not_compared(compared, what):
+    plan, _, runs = compared
+    plain, flips = runs.values()
+    record = copy.deepcopy(flips[1].record)
+    if what == "weights":  # the first was made without the network, say
+        record["weights"]["kind"] = "imagenet"
+    else:  # the synthetic set was made anew: the same labels, other pictures
+        record["sweep"]["identity"]["slices"] = ["another fingerprint"]
+    mixed = dict(zip(runs, (plain, [flips[0], dataclasses.replace(flips[1], record=record)]), strict=True))
+    with user_error(f"different {what}", "run the plan again"):
+        compare_settings(plan, mixed)
 
 
 def test_pack_copies_records_without_weights(compared, tmp_path):

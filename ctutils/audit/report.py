@@ -17,6 +17,7 @@ from ctutils.base import CTError, read_json, write_json
 from ctutils.config import cache_dir
 from ctutils.data import SPLIT_NAMES, SPLITS, SliceFolder, load_folder
 
+AUDIT_VERSION = 1  # of stored verdicts: raise it when the audit judges otherwise
 PATH_COLUMNS = ("path", "file", "filename", "image")
 PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject")
 
@@ -139,7 +140,7 @@ def stored_verdicts(fingerprint: str, cache: Path | None = None) -> list[str] | 
 
 
 def _verdicts_path(fingerprint: str, cache: Path) -> Path:
-    return Path(cache) / "audit" / f"{fingerprint}.json"
+    return Path(cache) / "audit" / f"{fingerprint}-{AUDIT_VERSION}.json"
 
 
 def read_patients(folder: SliceFolder) -> tuple[np.ndarray, list[str]]:

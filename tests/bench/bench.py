@@ -1,6 +1,7 @@
 """Measure the course's way against the deck's plain loop, on synthetic slices: `make bench`.
 
     python tests/bench/bench.py [--only a six b c e f g p m] [--quick] [--backbones resnet50 ...] [--repetitions 5]
+    python tests/bench/bench.py --publish    # what was measured last, as the README's record and table
 
 Sections:
     a    the deck's loop against ours, end to end, caches cold and warm; macro F1 of both over head seeds
@@ -1010,12 +1011,69 @@ def describe_machine() -> dict:
     }
 
 
+SPEED_BEGIN = "<!-- speed: written by `python tests/bench/bench.py --publish` from data/reference_runs/bench.json -->"
+SPEED_END = "<!-- /speed -->"
+
+
+def speed_markdown(found: dict) -> str:
+    """Return the README's table of a bench's results, with `peers` in them where those were measured."""
+    machine, settings, six = found["machine"], found["settings"], found["six"]
+
+    def seconds(runs: list[dict]) -> float:
+        return middle([run["work_cpu"] for run in runs])
+
+    rows = [
+        (
+            f"{settings['train']} + {settings['val']} slices, {settings['epochs']} epochs, CPU seconds",
+            "the deck's way",
+            "ours, nothing cached",
+            "ours, all cached",
+        ),
+        ("---",) * 4,
+    ]
+    for name, result in found["a"].items():
+        ours = [
+            f"{seconds(result['runs'][side]):.1f}, {show_ratio(result['ratios'][f'{side}_work_cpu'])}"
+            for side in ("cold", "warm")
+        ]
+        rows.append((name, f"{seconds(result['runs']['plain']):.0f}", *ours))
+    for name, result in found.get("peers", {}).items():
+        for peer in ("fastai", "lightning"):
+            ratios = [show_ratio(result["ratios"][f"{peer} / ours, {side}"]) for side in ("cold", "warm")]
+            rows.append((f"{name}, written in {peer}", f"{seconds(result['runs'][peer]):.0f}", *ratios))
+    plain, ours = sum(seconds(runs) for runs in six["plain"].values()), six["ours"]["work_cpu"]
+    rows.append(("the deck's six", f"{plain:.0f}", f"{ours:.1f}, x{plain / ours:.1f}", ""))
+    deck = six["extrapolated_seconds"]
+    what = f"the deck's six, {DECK_SLICES} slices, wall time, extrapolated"
+    rows.append((what, f"{deck['plain'] / 3600:.1f} h", f"{deck['ours'] / 60:.0f} min", ""))
+    where = machine["gpu"] or f"{machine['cores']} cores of a shared {machine['cpu']}"
+    text = f"Median (range) of {settings['repetitions']} repetitions on {where}, torch {machine['torch']}."
+    return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", text])
+
+
+def publish(folder: Path) -> None:
+    """Copy what was measured last, without this machine's folders, to data/reference_runs and into the README."""
+    found = json.loads((folder / "bench.json").read_text())
+    del found["settings"]["folder"]
+    if (folder / "peers.json").exists():
+        found["peers"] = json.loads((folder / "peers.json").read_text())
+        del found["peers"]["machine"]
+    (ROOT / "data" / "reference_runs" / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(SPEED_BEGIN)
+    block = f"{SPEED_BEGIN}\n{speed_markdown(found)}\n{SPEED_END}"
+    readme.write_text(before + block + rest.partition(SPEED_END)[2], encoding="utf-8")
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the options; `--quick` makes everything tiny unless said otherwise."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections (default: all)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that all of it works")
-    parser.add_argument("--backbones", nargs="+", help="default: mobilenet_v3_large resnet50; b: all seven")
+    parser.add_argument("--publish", action="store_true", help="measure nothing; renew the README from bench.json")
+    parser.add_argument(
+        "--backbones", nargs="+", help="default: mobilenet_v3_large resnet50 (a: a third; b: all seven)"
+    )
     parser.add_argument("--repetitions", type=int, help="default 5")
     parser.add_argument("--seeds", type=int, help="head seeds of the macro F1 comparison (default 8)")
     parser.add_argument("--train", type=int, help="training slices (default 200)")
@@ -1042,6 +1100,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the sections and write bench.json after each of them."""
     options = parse(arguments)
+    if options.publish:
+        publish(options.folder)
+        return 0
     bench = Bench(options)
     bench.folder.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()
