@@ -1053,7 +1053,8 @@ def speed_markdown(found: dict) -> str:
     imports = [run["cpu"] - run["work_cpu"] for run in every]
     text = (
         f"Synthetic slices of {settings['pixels']} pixels; median (range) of {settings['repetitions']} repetitions on "
-        f"{where}, torch {machine['torch']}. Imports, {min(imports):.0f} to {max(imports):.0f} s on either side, are left out."
+        f"{where}, torch {machine['torch']}. Imports, {min(imports):.0f} to {max(imports):.0f} s on either side, are "
+        "left out."
     )
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", text])
 
