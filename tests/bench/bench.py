@@ -1054,8 +1054,8 @@ def speed_markdown(found: dict) -> str:
     every = [run for result in found["a"].values() for runs in result["runs"].values() for run in runs]
     imports = [run["cpu"] - run["work_cpu"] for run in every]
     text = (
-        f"Synthetic slices of {settings['pixels']} pixels; median (range) of {settings['repetitions']} repetitions{others} on "
-        f"{where}, torch {machine['torch']}. Imports, {min(imports):.0f} to {max(imports):.0f} s on either side, are "
+        f"Synthetic slices of {settings['pixels']} pixels; median (range) of {settings['repetitions']} repetitions{others}"
+        f" on {where}, torch {machine['torch']}. Imports, {min(imports):.0f} to {max(imports):.0f} s on either side, are "
         "left out."
     )
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", text])
