@@ -275,7 +275,7 @@ def test_ctrl_c_in_the_first_epoch_stops_the_sweep_and_is_no_failure(write, sett
     assert len(run_sweep(write(), settings).done) == 4
 
 
-def test_checkpoint_of_an_older_plan_is_no_hindrance(write, settings, monkeypatch):
+def stop_in_second_epoch(monkeypatch):
     real, calls = training.train_one_epoch, []
 
     def stopped(*args, **kwargs):
@@ -284,8 +284,12 @@ def test_checkpoint_of_an_older_plan_is_no_hindrance(write, settings, monkeypatc
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
+    monkeypatch.setattr(training, "train_one_epoch", stopped)
+
+
+def test_checkpoint_of_an_older_plan_is_no_hindrance(write, settings, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "train_one_epoch", stopped)
+        stop_in_second_epoch(patch)
         run_sweep(write(), settings)
     outcome = run_sweep(write(change={'"float32"': '"float32"\nlr = 0.1'}), settings)
     assert len(outcome.done) == 4 and not outcome.failed
@@ -293,16 +297,9 @@ def test_checkpoint_of_an_older_plan_is_no_hindrance(write, settings, monkeypatc
 
 @pytest.mark.parametrize("damaged", [".pt", ".json"])
 def test_damaged_checkpoint_is_no_hindrance(write, settings, monkeypatch, damaged):
-    plan, real, calls = write(), training.train_one_epoch, []
-
-    def stopped(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args, **kwargs)
-
+    plan = write()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training, "train_one_epoch", stopped)
+        stop_in_second_epoch(patch)
         run_sweep(plan, settings, index=0)
     checkpoint = plan.folder(settings) / f".{plan.jobs[0].name}.checkpoint.pt"
     assert checkpoint.exists()

@@ -1050,13 +1050,12 @@ def speed_markdown(found: dict) -> str:
     rows.append((what, f"{deck['plain'] / 3600:.1f} h", f"{deck['ours'] / 60:.0f} min", ""))
     where = machine["gpu"] or f"{machine['cores']} cores of a shared {machine['cpu']}"
     others = {len(runs) for result in found.get("peers", {}).values() for runs in result["runs"].values()}
-    others = f" (other libraries: {', '.join(map(str, others))})" if others else ""
+    times = f"{settings['repetitions']} repetitions" + (f" (other libraries: {max(others)})" if others else "")
     every = [run for result in found["a"].values() for runs in result["runs"].values() for run in runs]
     imports = [run["cpu"] - run["work_cpu"] for run in every]
     text = (
-        f"Synthetic slices of {settings['pixels']} pixels; median (range) of {settings['repetitions']} repetitions{others}"
-        f" on {where}, torch {machine['torch']}. Imports, {min(imports):.0f} to {max(imports):.0f} s on either side, are "
-        "left out."
+        f"Synthetic slices of {settings['pixels']} pixels; median (range) of {times} on {where}, torch "
+        f"{machine['torch']}. Imports, {min(imports):.0f} to {max(imports):.0f} s on either side, are left out."
     )
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", text])
 
