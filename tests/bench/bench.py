@@ -1050,9 +1050,8 @@ def speed_markdown(found: dict) -> str:
     rows.append((what, f"{deck['plain'] / 3600:.1f} h", f"{deck['ours'] / 60:.0f} min", ""))
     where = machine["gpu"] or f"{machine['cores']} cores of a shared {machine['cpu']}"
     others = {len(runs) for result in found.get("peers", {}).values() for runs in result["runs"].values()}
-    times = f"{settings['repetitions']} repetitions" + (
-        f" (other libraries: {' or '.join(map(str, sorted(others)))})" if others else ""
-    )
+    counts = " or ".join(map(str, sorted(others)))
+    times = f"{settings['repetitions']} repetitions" + (f" (other libraries: {counts})" if others else "")
     every = [run for result in found["a"].values() for runs in result["runs"].values() for run in runs]
     imports = [run["cpu"] - run["work_cpu"] for run in every]
     text = (
