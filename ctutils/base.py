@@ -135,6 +135,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return full or "can't allocate memory" in str(error).lower()
 
 
+def replace_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace, in a UTF-8 file, what stands between two lines that mark it.
+
+    Raises:
+        CTError: one of the marks is missing.
+    """
+    before, first, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise CTError(f"no '{end if first else begin}' in '{path.name}'", "both marks", "put them back")
+    with atomic_path(path) as temporary:
+        temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 @functools.cache
 def reuse_large_blocks() -> None:
     """Ask glibc to keep large freed blocks instead of giving each back to the system.

@@ -24,7 +24,7 @@ import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-from ctutils.base import CTError, atomic_path, read_json, write_json
+from ctutils.base import CTError, atomic_path, read_json, replace_between, write_json
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -267,13 +267,7 @@ def publish() -> None:
     shutil.rmtree(target, ignore_errors=True)
     copy_records(source, target)
     shutil.copyfile(EXECUTED / "timings.json", target / "timings.json")
-    readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(RESULTS_BEGIN)
-    table = results_markdown(list_runs(target)[0])
-    with atomic_path(readme) as temporary:
-        temporary.write_text(
-            f"{before}{RESULTS_BEGIN}\n{table}\n{RESULTS_END}{rest.partition(RESULTS_END)[2]}", "utf-8"
-        )
+    replace_between(ROOT / "README.md", RESULTS_BEGIN, RESULTS_END, results_markdown(list_runs(target)[0]))
     for cell in read_notebook(FOLDER / "01_data_exploration.ipynb").cells:
         if "readme-picture" in cell.metadata.get("tags", []):
             png = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import check_message, files_below, user_error
 
-from ctutils.base import CTError, atomic_path, file_sha256, progress, read_json, write_json
+from ctutils.base import CTError, atomic_path, file_sha256, progress, read_json, replace_between, write_json
 
 
 def test_error_says_found_expected_and_mend_and_travels_between_processes():
@@ -125,6 +125,21 @@ def test_json_that_is_no_object_is_one_message(tmp_path, content):
 def test_missing_json_is_one_message(tmp_path):
     with user_error("no file", "a.json"):
         read_json(tmp_path / "a.json")
+
+
+def test_what_stands_between_marks_is_replaced(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("한글\n<!-- a -->\nold\n<!-- /a -->\nrest\n", encoding="utf-8")
+    for _ in range(2):
+        replace_between(path, "<!-- a -->", "<!-- /a -->", "new")
+        assert path.read_text(encoding="utf-8") == "한글\n<!-- a -->\nnew\n<!-- /a -->\nrest\n"
+    for marks, missing in (
+        (("<!-- b -->", "<!-- /a -->"), "<!-- b -->"),
+        (("<!-- a -->", "<!-- /b -->"), "<!-- /b -->"),
+    ):
+        with user_error(missing, "README.md"):
+            replace_between(path, *marks, "lost")
+    assert "lost" not in path.read_text(encoding="utf-8")
 
 
 def test_sha256_is_that_of_the_bytes(tmp_path):
