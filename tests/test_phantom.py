@@ -10,24 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ctutils import phantom
 from ctutils.base import CTError
-from ctutils.phantom import (
-    CLASSES,
-    Grid,
-    Patient,
-    Scanner,
-    acquire,
-    add_finding,
-    class_counts,
-    dataset,
-    draw_anatomy,
-    make_slice,
-    patient_of,
-    write_dataset,
-)
+from ctutils.phantom import CLASSES, class_counts, dataset, make_slice, patient_of, write_dataset
 
 SIZE = 96
-SICK = ("ILD", "Lung_Cancer", "pneumonia", "pneumothorax")
 
 
 def write(out: Path, **changes) -> Path:
@@ -50,7 +37,7 @@ def test_counts_are_the_original_ones():
     assert list(class_counts(1000).values()) == [125, 125, 500, 125, 125]
     assert list(class_counts(7, balanced=True).values()) == [2, 1, 2, 1, 1]
     for total in range(40):
-        assert sum(class_counts(total).values()) == total
+        assert sum(class_counts(total).values()) == sum(class_counts(total, balanced=True).values()) == total
 
 
 def test_layout_names_and_grey_levels(tiny):
@@ -64,13 +51,16 @@ def test_layout_names_and_grey_levels(tiny):
     assert pixels.min() >= 55 and (pixels == 55).any() and pixels.max() == 255
 
 
-def test_dataset_json_counts_what_is_there(tiny):
+def test_dataset_json_says_what_is_there_and_how_it_was_made(tiny, tmp_path):
     meta = json.loads((tiny / "dataset.json").read_text(encoding="utf-8"))
     assert meta["kind"] == "synthetic" and meta["seed"] == 3 and meta["shortcut"] is None
+    assert meta["window"] == {"level": -600, "width": 1500, "unit": "HU"}
     for split, counts in meta["counts"].items():
         for name, n in counts.items():
             assert len(list((tiny / split / name).glob("*.png"))) == n
-    assert not (tiny / "unfinished.jsonl").exists()
+    assert {p.name for p in tiny.iterdir()} == {"train", "val", "findings.csv", "dataset.json"}
+    trap = json.loads((write(tmp_path / "trap", shortcut="sharpness", train=2, val=0) / "dataset.json").read_text())
+    assert trap["shortcut"] == "sharpness" and "sharpness" in trap["name"]
 
 
 def test_findings_rows_match_the_files_and_no_patient_is_in_two_splits(tiny):
@@ -93,16 +83,16 @@ def test_workers_do_not_change_a_byte(tiny, tmp_path):
 def test_other_seed_and_split_give_other_patients():
     a = make_slice(0, "train", "Normal", 0, size=SIZE)[0]
     assert (a == make_slice(0, "train", "Normal", 0, size=SIZE)[0]).all()
-    for other in [
+    for other in (
         (1, "train", "Normal", 0),
         (0, "val", "Normal", 0),
         (0, "train", "Normal", 1),
         (0, "train", "ILD", 0),
-    ]:
+    ):
         assert (a != make_slice(*other, size=SIZE)[0]).mean() > 0.2
 
 
-@pytest.mark.parametrize("finding", SICK)
+@pytest.mark.parametrize("finding", ["ILD", "Lung_Cancer", "pneumonia", "pneumothorax"])
 def test_counterfactual_differs_only_near_the_finding(finding):
     """The same slice with and without the finding: same body, same noise, a change inside the box."""
     for index in range(2):
@@ -132,25 +122,25 @@ def test_size_changes_only_the_grid():
 
 
 def test_the_three_stages_hold_hounsfield_units():
-    grid = Grid(size=128, pixel=2.9, angle=0.0, shift=(0.0, 0.0), thickness=2.0)
-    scene = draw_anatomy(grid, Patient.draw(np.random.default_rng(0)), 0.5, np.random.default_rng(1))
+    grid = phantom.Grid(size=128, pixel=2.9, angle=0.0, shift=(0.0, 0.0), thickness=2.0)
+    scene = phantom.draw_anatomy(grid, phantom.Patient.draw(np.random.default_rng(0)), 0.5, np.random.default_rng(1))
     assert scene.hu.dtype == np.float32 and scene.hu.min() >= -1100 and 300 < scene.hu.max() < 1500
     assert -930 < np.median(scene.hu[scene.lung > 0.99]) < -760
     before = scene.hu.copy()
-    drawn = add_finding(scene, "Lung_Cancer", 0.8, np.random.default_rng(2))
+    drawn = phantom.add_finding(scene, "Lung_Cancer", 0.8, np.random.default_rng(2))
     assert -60 < np.median(scene.hu[drawn["mask"]]) < 130  # a solid mass
     assert (scene.hu[~drawn["mask"]] == before[~drawn["mask"]]).mean() > 0.9
-    image = acquire(scene.hu, grid, scene.body, Scanner.draw(np.random.default_rng(3)), np.random.default_rng(4))
+    image = phantom.acquire(
+        scene.hu, grid, scene.body, phantom.Scanner.draw(np.random.default_rng(3)), np.random.default_rng(4)
+    )
     assert image.dtype == np.uint8 and image[0, 0] == 55
 
 
 def test_pneumothorax_is_air_without_vessels():
     for index in range(4):
-        _, record = make_slice(1, "train", "pneumothorax", index, size=128)
-        image, _ = make_slice(1, "train", "pneumothorax", index, size=128)
+        image, record = make_slice(1, "train", "pneumothorax", index, size=128)
         x0, y0, x1, y1 = record.box
-        box = image[y0:y1, x0:x1]
-        assert (box < 75).sum() > 8
+        assert (image[y0:y1, x0:x1] < 75).sum() > 8
 
 
 def test_sharpness_trap_changes_the_kernel_by_class_only_when_asked():
@@ -162,54 +152,47 @@ def test_sharpness_trap_changes_the_kernel_by_class_only_when_asked():
         return trap / plain
 
     assert gain("Normal") > 1.05 and gain("ILD") < 0.98
-    soft, sharp = (Scanner.draw(np.random.default_rng(1), k) for k in (0.0, 1.0))
+    soft, sharp = (phantom.Scanner.draw(np.random.default_rng(1), k) for k in (0.0, 1.0))
     assert soft.blur > sharp.blur and soft.grain > sharp.grain and soft.motion == sharp.motion
 
 
-def test_trap_is_recorded(tmp_path):
-    meta = json.loads((write(tmp_path / "trap", shortcut="sharpness", train=2, val=0) / "dataset.json").read_text())
-    assert meta["shortcut"] == "sharpness" and "sharpness" in meta["name"]
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_interrupted_set_is_finished_and_a_complete_one_left_alone(tiny, tmp_path, monkeypatch, workers):
+    out, writes = tmp_path / "set", []
+    monkeypatch.setattr(dataset, "make_slice", lambda *a, **k: writes.append(1) or make_slice(*a, **k))
 
+    def interrupted(made, **options):
+        for k, row in enumerate(made):
+            if k == 4:
+                raise KeyboardInterrupt
+            yield row
 
-def test_a_complete_set_is_left_alone_and_an_interrupted_one_is_finished(tiny, tmp_path, monkeypatch):
-    out = write(tmp_path / "set")
-    whole = files(out)
-    made = []
-    original = dataset.make_slice
-
-    def counting(*args, **kwargs):
-        made.append(args)
-        if len(made) > 4:
-            raise KeyboardInterrupt
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(dataset, "make_slice", counting)
-    write(out)
-    assert made == []
-    again = tmp_path / "interrupted"
+    monkeypatch.setattr(dataset, "progress", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write(again)
-    assert (again / "unfinished.jsonl").exists() and not (again / "dataset.json").exists()
-    kept = {p: p.stat().st_mtime_ns for p in again.rglob("*.png")}
-    assert kept
-    monkeypatch.setattr(dataset, "make_slice", original)
-    write(again)
-    assert files(again) == whole
-    assert any(p.stat().st_mtime_ns == t for p, t in kept.items())
-
-
-def test_a_lost_picture_is_made_again(tmp_path):
-    out = write(tmp_path / "set", train=2, val=0)
-    whole = files(out)
-    next(out.rglob("*.png")).unlink()
-    write(out, train=2, val=0)
-    assert files(out) == whole
-
-
-def test_other_arguments_in_the_same_folder_are_an_error(tmp_path):
-    out = write(tmp_path / "set", train=2, val=0)
+        write(out, workers=workers, show_progress=True)
+    assert not (out / "dataset.json").exists()
+    with (out / "findings.csv").open("a", encoding="utf-8") as file:
+        file.write("train/ILD/Chest")  # killed in the middle of a line
+    first, second, *_ = (row["path"] for row in csv.DictReader((out / "findings.csv").open(encoding="utf-8")))
+    (out / first).write_bytes((out / first).read_bytes()[:900])  # a disk that lost half a picture
+    (out / second).parent.joinpath(".tmp-left.png").touch()
+    kept, before = (out / second).stat().st_mtime_ns, len(writes)
     with pytest.raises(CTError, match="another data set"):
-        write(out, train=2, val=0, seed=4)
+        write(out, seed=4)
+    write(out)
+    assert files(out) == files(tiny) and (out / second).stat().st_mtime_ns == kept
+    assert len(writes) - before == 13 - 3  # four were logged; one of them was broken
+    (out / first).unlink()
+    write(out)
+    assert files(out) == files(tiny) and len(writes) - before == 13 - 3 + 1
+    monkeypatch.setattr(dataset, "file_sha256", None)  # a complete set: nothing is read, nothing written
+    write(out)
+    assert len(writes) - before == 13 - 3 + 1
+
+
+def test_other_data_in_the_folder_is_an_error(tiny, tmp_path):
+    with pytest.raises(CTError, match="another data set"):
+        write(tiny, seed=4)
     strange = tmp_path / "strange"
     strange.mkdir()
     (strange / "letter.txt").write_text("mine")
@@ -227,19 +210,10 @@ def test_bad_arguments_are_named(bad, tmp_path):
     assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        ("test ", "ILD", {}),
-        ("train", "normal", {}),
-        ("train", "ILD", {"finding": "covid"}),
-        ("train", "ILD", {"size": 3}),
-    ],
-)
-def test_bad_slices_are_named(bad):
-    split, label, options = bad
+@pytest.mark.parametrize("changes", [{"split": "test "}, {"label": "normal"}, {"finding": "covid"}, {"size": 3}])
+def test_bad_slices_are_named(changes):
     with pytest.raises(CTError, match="To mend"):
-        make_slice(0, split, label, 0, **options)
+        make_slice(**{"seed": 0, "split": "train", "label": "ILD", "index": 0, **changes})
 
 
 def test_simple_figures_do_not_tell_the_class():

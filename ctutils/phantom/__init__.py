@@ -1,3 +1,4 @@
+# ruff: noqa: F401
 """Synthetic axial chest CT slices of five classes, made from scratch: no patient, no download.
 
 Three stages with pictures in Hounsfield units between them: `anatomy` draws a healthy body, `findings` adds what is
@@ -18,22 +19,3 @@ from ctutils.phantom.dataset import (
 )
 from ctutils.phantom.findings import add_confounders, add_finding
 from ctutils.phantom.shapes import Grid
-
-__all__ = [
-    "CLASSES",
-    "FIELDS",
-    "GENERATOR_VERSION",
-    "Grid",
-    "Patient",
-    "Scanner",
-    "Scene",
-    "SliceRecord",
-    "acquire",
-    "add_confounders",
-    "add_finding",
-    "class_counts",
-    "draw_anatomy",
-    "make_slice",
-    "patient_of",
-    "write_dataset",
-]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import fft
 
-from ctutils.phantom.shapes import Grid, mask_of
+from ctutils.phantom.shapes import Grid
 
-LUNG_WINDOW = (-600.0, 1500.0)  # level and width, HU; air outside the body becomes grey 55
+LUNG_WINDOW = (-600, 1500)  # level and width, HU; air outside the body becomes grey 55
 AIR = -1024.0
 
 
@@ -98,7 +98,7 @@ def acquire(
         + shade
     )
 
-    inside = mask_of(grid, skin * 1.004) > 0.02
+    inside = grid.mask(skin * 1.004) > 0.02
     out = np.where(inside, np.clip(sharp, AIR, 3071), AIR)
     level, width = window
     return np.clip(np.rint((out - level + width / 2) / width * 255), 0, 255).astype(np.uint8)

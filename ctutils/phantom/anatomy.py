@@ -1,21 +1,11 @@
 """Stage 1 of the phantom: a body without a finding, as an axial slice in Hounsfield units (HU)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from ctutils.phantom.shapes import (
-    Grid,
-    band,
-    distance_inside,
-    ellipse,
-    grow_tree,
-    mask_of,
-    paint,
-    smooth_contour,
-    soft_field,
-    stamp_tubes,
-)
+from ctutils.phantom.shapes import Grid, band, ellipse, fill, grow_tree, smooth_contour
 
 LUNG_HEIGHT = 230.0  # mm from apex to base; level 0 is the apex, 1 the base
 
@@ -110,6 +100,18 @@ class Scene:
     sides: list
     blood: float
     body: np.ndarray  # contour of the skin
+    cage: tuple[float, float, float]  # rib cage: half width, half depth, y of its middle, mm
+    bend: Callable  # bends contours a little, the same for all of a slice
+
+    def paint(self, contour: np.ndarray, value) -> None:
+        """Fill a contour (N, 2), bent first, with `value` HU, a number or a picture."""
+        self.grid.paint(self.hu, self.bend(contour), value)
+
+    def put(self, contour: np.ndarray, value) -> None:
+        """The same for an organ: no lung is left where it stands."""
+        window, share = self.grid.coverage(self.bend(contour))
+        fill(self.hu, window, share, value)
+        fill(self.lung, window, share, 0.0)
 
 
 def draw_anatomy(grid: Grid, patient: Patient, level: float, rng: np.random.Generator) -> Scene:
@@ -126,74 +128,68 @@ def draw_anatomy(grid: Grid, patient: Patient, level: float, rng: np.random.Gene
     p, q = patient, patient.seed
     x, y = grid.coordinates()
     hu = np.full((grid.size, grid.size), -1024, dtype=np.float32)
-    wobble = _wobble(rng)
-    a, b = p.half_width, p.half_depth
-
-    skin = wobble(_body_contour(p, level))
-    fat_texture = -106 + 5 * soft_field(rng, grid, 9)
-    paint(hu, grid, skin, 10.0)
-    paint(hu, grid, skin * (1 - 2.0 / a), fat_texture)
-    if p.breasts and 0.35 < level < 0.85:
-        _breast_glands(hu, grid, p, level, rng)
-
+    bend = _bend(rng)
+    skin = bend(_body_contour(p, level))
     # The rib cage: half width and half depth of the lungs' outer edge.
     taper = np.interp(level, [0, 0.12, 0.3, 0.6, 1], [0.86, 0.93, 0.98, 1.0, 1.0])
     rib = 7.5
-    cage_w = (a - p.fat - p.muscle - rib - 2) * taper
-    cage_h = b - p.fat * 0.75 - p.muscle * 0.9 - rib - 4
-    cage_y = -0.035 * b - 2
+    w = (p.half_width - p.fat - p.muscle - rib - 2) * taper
+    h = p.half_depth - p.fat * 0.75 - p.muscle * 0.9 - rib - 4
+    cy = -0.035 * p.half_depth - 2
+    sides = [_lung_contour(level, side, w, h, cy, p) for side in (-1, 1)]
+    # Inner edge of the rib cage: the costal edges of both lungs, joined in front and behind.
+    right, left = (s[: 9 * 12 - 6 : 4] for s in sides)
+    cage = np.vstack([left, right[::-1]])
+    hilum = np.array([(-0.24 * w, cy + 0.08 * h), (0.25 * w, cy + 0.10 * h)])
+    sides = [bend(s) for s in sides]
+    lung = np.maximum(grid.mask(sides[0]), grid.mask(sides[1]))
+    wall = grid.distance(grid.mask(bend(cage)))
+    blood = 42.0 + p.contrast * 0.85
+    scene = Scene(grid, p, level, hu, lung, wall, wall, x, y, hilum, sides, blood, skin, (w, h, cy), bend)
 
-    sides = [_lung_contour(level, s, cage_w, cage_h, cage_y, p) for s in (-1, 1)]
-    cage = _cage_contour(sides)
-    muscle = 52 + 7 * soft_field(rng, grid, 6)
+    fat_texture = -106 + 5 * grid.field(rng, 9)
+    grid.paint(hu, skin, 10.0)
+    grid.paint(hu, skin * (1 - 2.0 / p.half_width), fat_texture)
+    if p.breasts and 0.35 < level < 0.85:
+        _breast_glands(scene, rng)
+    muscle = 52 + 7 * grid.field(rng, 6)
     fat_only = hu.copy()
-    _chest_wall(hu, grid, p, level, cage_w, cage_h, cage_y, wobble, muscle, rng)
-    paint(hu, grid, wobble((cage - (0, cage_y)) * 1.025 + (0, cage_y)), muscle)
-    under_skin = mask_of(grid, skin * (1 - 5.0 / a))  # no muscle reaches the skin
+    _chest_wall(scene, muscle)
+    scene.paint((cage - (0, cy)) * 1.025 + (0, cy), muscle)
+    under_skin = grid.mask(skin * (1 - 5.0 / p.half_width))  # no muscle reaches the skin
     hu[:] = fat_only + under_skin * (hu - fat_only)
     mediastinum = smooth_contour(
-        np.array([(-.55, -.78), (0, -.96), (.55, -.78), (.6, 0), (.5, .5), (0, .66), (-.5, .5), (-.6, 0)])
-        * (cage_w, cage_h)
-    ) + (0, cage_y)  # fmt: skip
-    paint(hu, grid, mediastinum, -95 + 14 * soft_field(rng, grid, 7))
+        np.array([(-.55, -.78), (0, -.96), (.55, -.78), (.6, 0), (.5, .5), (0, .66), (-.5, .5), (-.6, 0)]) * (w, h)
+    ) + (0, cy)  # fmt: skip
+    grid.paint(hu, mediastinum, -95 + 14 * grid.field(rng, 7))
 
     # Lungs: parenchyma with a dorsal gradient, clouds of perfusion, lobules.
-    lobules = soft_field(rng, grid, 7)
-    lung_hu = p.lung + p.gradient * np.clip((y - cage_y) / (2 * cage_h) + 0.1, -0.5, 0.7)
-    lung_hu += (12 + 9 * q[0]) * soft_field(rng, grid, 38) + (8 + 8 * q[1]) * lobules
+    lobules = grid.field(rng, 7)
+    lung_hu = p.lung + p.gradient * np.clip((y - cy) / (2 * h) + 0.1, -0.5, 0.7)
+    lung_hu += (12 + 9 * q[0]) * grid.field(rng, 38) + (8 + 8 * q[1]) * lobules
     if p.emphysema:
-        holes = np.clip(soft_field(rng, grid, 9) + 0.5 * soft_field(rng, grid, 45) - 0.8, 0, 1.4)
+        holes = np.clip(grid.field(rng, 9) + 0.5 * grid.field(rng, 45) - 0.8, 0, 1.4)
         lung_hu -= p.emphysema * 95 * holes
     # Fine texture of the parenchyma: vessels and septa too small to draw, more in some than in others.
-    lung_hu += 26 * q[2] ** 1.5 * soft_field(rng, grid, 2.6 + 1.6 * q[3])
+    lung_hu += 26 * q[2] ** 1.5 * grid.field(rng, 2.6 + 1.6 * q[3])
     lung_hu = np.maximum(lung_hu, -970).astype(np.float32)
-    sides = [wobble(s) for s in sides]
-    lung = np.maximum(mask_of(grid, sides[0]), mask_of(grid, sides[1]))
     hu += lung * (lung_hu - hu)
-    wall = distance_inside(grid, mask_of(grid, wobble(cage)))
 
-    blood = 42.0 + p.contrast * 0.85
-    scene = Scene(grid, p, level, hu, lung, wall, wall, x, y, _hilum(p, cage_w, cage_h, cage_y), sides, blood, skin)
-    spine_y = cage_y + p.spine * cage_h
-    _ribs(hu, grid, wobble(cage), level, p, rng)
-    _vertebra(scene, spine_y, wobble, rng)
-    _sternum(hu, grid, level, p, cage_h, cage_y, wobble)
-    _organs(scene, cage_w, cage_h, cage_y, spine_y, wobble, rng)
-    scene.inner = distance_inside(grid, scene.lung)
+    spine_y = cy + p.spine * h
+    _ribs(scene, bend(cage), rng)
+    _vertebra(scene, spine_y, rng)
+    _sternum(scene)
+    _organs(scene, spine_y, rng)
+    scene.inner = grid.distance(scene.lung)
     _vessels_and_airways(scene, rng)
     return scene
 
 
-def _wobble(rng):
-    """Return a function that bends contours a little, the same for all contours of a slice."""
+def _bend(rng):
     size = rng.normal(0, 1.6, (3, 2))
     wave = rng.normal(0, 1 / 48, (3, 2))
     phase = rng.uniform(0, 2 * np.pi, 3)
-
-    def bend(points):
-        return points + np.sin(points @ wave.T + phase) @ size
-
-    return bend
+    return lambda points: points + np.sin(points @ wave.T + phase) @ size
 
 
 def _body_contour(p: Patient, level: float) -> np.ndarray:
@@ -213,17 +209,18 @@ def _body_contour(p: Patient, level: float) -> np.ndarray:
     return np.stack([x, y], axis=1)
 
 
-def _breast_glands(hu, grid, p, level, rng):
-    size = p.breasts * np.exp(-(((level - 0.62) / 0.17) ** 2))
-    gland = -60 + 70 * soft_field(rng, grid, 8)
+def _breast_glands(scene, rng):
+    p = scene.patient
+    size = p.breasts * np.exp(-(((scene.level - 0.62) / 0.17) ** 2))
+    gland = np.clip(-60 + 70 * scene.grid.field(rng, 8), -100, 45)
     for side in (-1, 1):
         shape = ellipse(side * 0.53 * p.half_width, -0.82 * p.half_depth - 0.5 * size, 0.16 * p.half_width, 0.42 * size,
                         side * 0.35, rng.normal(0, 0.07, (3, 2)))  # fmt: skip
         if size > 8:
-            paint(hu, grid, shape, np.clip(gland, -100, 45))
+            scene.grid.paint(scene.hu, shape, gland)
 
 
-def _lung_contour(level, side, cage_w, cage_h, cage_y, p) -> np.ndarray:
+def _lung_contour(level, side, w, h, cy, p) -> np.ndarray:
     shape = np.array(
         [[np.interp(level, LUNG_LEVELS, LUNG_SHAPES[:, i, k]) for k in (0, 1)] for i in range(LUNG_SHAPES.shape[1])]
     )
@@ -231,68 +228,52 @@ def _lung_contour(level, side, cage_w, cage_h, cage_y, p) -> np.ndarray:
     shape = shape + (quirk if side < 0 else quirk[::-1]) * 0.8
     if side > 0 and level > 0.5:  # the heart lies to the left
         shape[10:14, 0] += 0.12 * min(1, (level - 0.5) / 0.2)
-    return smooth_contour(shape * (side * cage_w, cage_h) + (0, cage_y))
+    return smooth_contour(shape * (side * w, h) + (0, cy))
 
 
-def _cage_contour(sides: list) -> np.ndarray:
-    """Inner edge of the rib cage: the costal edges of both lungs, joined in front and behind."""
-    right, left = (s[: 9 * 12 - 6 : 4] for s in sides)
-    return np.vstack([left, right[::-1]])
-
-
-def _hilum(p, w, h, cy) -> np.ndarray:
-    return np.array([(-0.24 * w, cy + 0.08 * h), (0.25 * w, cy + 0.10 * h)])
-
-
-def _chest_wall(hu, grid, p, level, w, h, cy, wobble, muscle, rng):
+def _chest_wall(scene, muscle):
     """Muscle shell with fat planes, pectorals, back muscles, scapulae."""
+    p, level, (w, h, cy) = scene.patient, scene.level, scene.cage
     half = np.array([(0, -.97), (.28, -1.0), (.60, -.88), (.87, -.53), (1.0, -.04), (.97, .43), (.81, .80), (.55, 1.02),
                      (.30, 1.0), (0, .80)])  # fmt: skip
     cage = smooth_contour(np.vstack([half, half[1:-1][::-1] * (-1, 1)]) * (w, h) + (0, cy))
-    shell = (cage - (0, cy)) * (1 + (p.muscle + 7.5) / w, 1 + (p.muscle * 0.8 + 7.5) / h) + (0, cy)
-    paint(hu, grid, wobble(shell), muscle)
-    # A fat plane between the muscle layers and the ribs.
-    plane = (cage - (0, cy)) * (1 + 10.5 / w, 1 + 9.5 / h) + (0, cy)
-    paint(hu, grid, wobble(plane), -90.0)
-    paint(hu, grid, wobble((cage - (0, cy)) * (1 + 8.8 / w, 1 + 8.2 / h) + (0, cy)), muscle)
+    # A muscle shell; in it a fat plane between the muscle layers and the ribs.
+    for wide, deep, value in ((p.muscle + 7.5, p.muscle * 0.8 + 7.5, muscle), (10.5, 9.5, -90.0), (8.8, 8.2, muscle)):
+        scene.paint((cage - (0, cy)) * (1 + wide / w, 1 + deep / h) + (0, cy), value)
+
+    def along(points, offset=(0, 0)):
+        return smooth_contour(np.array(points) * (side * w, h) + (0, cy) + offset, closed=False)
+
     for side in (-1, 1):
         # Erector muscles beside the spinous process.
-        paint(hu, grid, wobble(ellipse(side * 25, cy + 1.03 * h + 8, 25, 13, side * 0.12)), muscle)
+        scene.paint(ellipse(side * 25, cy + 1.03 * h + 8, 25, 13, side * 0.12), muscle)
         if level < 0.62:  # pectorals
             size = np.interp(level, [0, 0.2, 0.45, 0.62], [1.0, 1.25, 0.9, 0.3])
-            path = np.array([(0.16, -1.10), (0.42, -1.14), (0.72, -0.94), (0.98, -0.58)]) * (side * w, h)
-            path = smooth_contour(path + (0, cy) - (0, 4), closed=False)
-            width = size * 7.5 * np.sin(np.linspace(0.25, 2.9, len(path)))
-            paint(hu, grid, wobble(band(path, width)), muscle)
+            path = along([(0.16, -1.10), (0.42, -1.14), (0.72, -0.94), (0.98, -0.58)], (0, -4))
+            scene.paint(band(path, size * 7.5 * np.sin(np.linspace(0.25, 2.9, len(path)))), muscle)
         if level < 0.55:
             # Axilla: fat between the wall and the scapular muscles, then the blade between its muscles.
             far = np.interp(level, [0, 0.2, 0.55], [1.16, 1.20, 1.13])
-            paint(hu, grid, wobble(ellipse(side * far * w * 0.985, cy - 0.15 * h, 9, 26, side * 0.1)), -100.0)
+            scene.paint(ellipse(side * far * w * 0.985, cy - 0.15 * h, 9, 26, side * 0.1), -100.0)
             low = np.interp(level, [0, 0.25, 0.55], [0.0, 0.1, 0.3])
-            path = np.array(
-                [(1.19, -0.05 + low), (1.12, 0.35 + low), (0.98, 0.66 + low * 0.7), (0.74, 0.98 + low * 0.3)]
-            )
-            path = smooth_contour(path * (side * w, h) + (0, cy), closed=False)
+            path = along([(1.19, -0.05 + low), (1.12, 0.35 + low), (0.98, 0.66 + low * 0.7), (0.74, 0.98 + low * 0.3)])
             bulk = np.interp(level, [0, 0.25, 0.55], [15, 13, 8])
-            belly = bulk * np.sin(np.linspace(0.3, 2.9, len(path)))
-            paint(hu, grid, wobble(band(path, belly)), muscle)
+            scene.paint(band(path, bulk * np.sin(np.linspace(0.3, 2.9, len(path)))), muscle)
             blade = path[6:-6] + (side * 1.0, 1.0)
-            paint(hu, grid, wobble(band(blade, 3.2)), 520.0)
-            inner = blade[3:-3]
-            paint(hu, grid, wobble(band(inner, 1.5)), 160.0)
+            scene.paint(band(blade, 3.2), 520.0)
+            scene.paint(band(blade[3:-3], 1.5), 160.0)
         if level < 0.14:  # clavicle
-            paint(hu, grid, wobble(ellipse(side * 0.55 * w, cy - 0.92 * h, 20, 6, side * 0.3)), 560.0)
-            paint(hu, grid, wobble(ellipse(side * 0.55 * w, cy - 0.92 * h, 17, 3.6, side * 0.3)), 180.0)
+            for wide, deep, value in ((20, 6, 560.0), (17, 3.6, 180.0)):
+                scene.paint(ellipse(side * 0.55 * w, cy - 0.92 * h, wide, deep, side * 0.3), value)
     if level > 0.3:  # latissimus and serratus: the fat planes between them
         for side in (-1, 1):
-            path = np.array([(1.08, -0.35), (1.12, 0.1), (1.08, 0.5), (0.92, 0.85)]) * (side * w, h) + (0, cy)
-            path = smooth_contour(path + (side * 5, 0), closed=False)
-            paint(hu, grid, wobble(band(path, 1.4)), -80.0)
+            path = along([(1.08, -0.35), (1.12, 0.1), (1.08, 0.5), (0.92, 0.85)], (side * 5, 0))
+            scene.paint(band(path, 1.4), -80.0)
 
 
-def _ribs(hu, grid, cage, level, p, rng):
+def _ribs(scene, cage, rng):
     """Five to eight rib cuts a side: curved bars with a cortex, longer where the rib runs in the slice."""
-    n = len(cage)
+    hu, grid, n = scene.hu, scene.grid, len(cage)
     centre = cage.mean(0)
     for side in (-1, 1):
         at = 0.06 + 0.04 * rng.random()
@@ -307,26 +288,21 @@ def _ribs(hu, grid, cage, level, p, rng):
             path = path + out * (5.6 + tilt)
             ends = np.sin(np.linspace(0.35, np.pi - 0.35, 14)) ** 0.5
             thick = rng.uniform(3.1, 4.3)
-            if at < 0.10 and level > 0.2:  # costal cartilage in front
-                paint(hu, grid, band(path, thick * 1.2 * ends), 95.0)
+            if at < 0.10 and scene.level > 0.2:  # costal cartilage in front
+                grid.paint(hu, band(path, thick * 1.2 * ends), 95.0)
             else:
-                paint(hu, grid, band(path, thick * ends), rng.uniform(450, 800))
-                paint(hu, grid, band(path[2:-2], (thick - 1.4) * ends[2:-2]), rng.uniform(110, 240))
+                grid.paint(hu, band(path, thick * ends), rng.uniform(450, 800))
+                grid.paint(hu, band(path[2:-2], (thick - 1.4) * ends[2:-2]), rng.uniform(110, 240))
             at += length + rng.uniform(0.012, 0.045)
 
 
-def _vertebra(scene, spine_y, wobble, rng):
-    hu, grid, r = scene.hu, scene.grid, scene.patient.vertebra
-
-    def put(shape, value):
-        shape = wobble(shape)
-        paint(hu, grid, shape, value)
-        paint(scene.lung, grid, shape, 0.0)
+def _vertebra(scene, spine_y, rng):
+    r, put = scene.patient.vertebra, scene.put
 
     def plate(points, width, value):
         put(band(smooth_contour(np.array(points) + (0, spine_y), closed=False), width), value)
 
-    marrow = 170 + 45 * soft_field(rng, grid, 4)
+    marrow = 170 + 45 * scene.grid.field(rng, 4)
     put(ellipse(0, spine_y + 2, r * 1.25, r * 1.12), 45.0)
     put(ellipse(0, spine_y + r * 1.3, r * 1.5, r * 0.9), 50.0)
     disc = rng.random() < 0.25
@@ -335,50 +311,40 @@ def _vertebra(scene, spine_y, wobble, rng):
         put(ellipse(0, spine_y, r * 0.96, r * 0.77), marrow)
     back = r * 0.95
     for side in (-1, 1):
+        s = side * r
         if not disc:
-            plate([(side * r * 0.62, r * 0.5), (side * r * 0.72, back), (side * r * 0.7, r * 1.5)], 4.2, 520.0)
+            plate([(s * 0.62, r * 0.5), (s * 0.72, back), (s * 0.7, r * 1.5)], 4.2, 520.0)
         reach = rng.uniform(1.7, 2.1)
-        plate([(side * r * 0.7, r * 1.35), (side * r * 1.2, r * 1.5), (side * r * reach, r * 1.75)], 4.6, 480.0)
-        plate(
-            [(side * r * 0.75, r * 1.37), (side * r * 1.2, r * 1.52), (side * r * (reach - 0.2), r * 1.70)],
-            2.6,
-            200.0,
-        )
-        plate([(side * r * 0.72, r * 1.45), (side * r * 0.35, r * 1.8), (0, r * 2.0)], 2.8, 560.0)
+        plate([(s * 0.7, r * 1.35), (s * 1.2, r * 1.5), (s * reach, r * 1.75)], 4.6, 480.0)
+        plate([(s * 0.75, r * 1.37), (s * 1.2, r * 1.52), (s * (reach - 0.2), r * 1.70)], 2.6, 200.0)
+        plate([(s * 0.72, r * 1.45), (s * 0.35, r * 1.8), (0, r * 2.0)], 2.8, 560.0)
     plate([(0, r * 1.9), (0.5, r * 2.3), (rng.normal(0, 1.5), r * rng.uniform(2.6, 3.2))], 3.0, 500.0)
     put(ellipse(0, spine_y + back * 1.30, r * 0.52, r * 0.44), -30.0)
     put(ellipse(0, spine_y + back * 1.30, r * 0.36, r * 0.32), 38.0)
     if not disc:
-        paint(hu, grid, wobble(ellipse(0, spine_y, r * 0.6, r * 0.5)), marrow - 25)
+        scene.paint(ellipse(0, spine_y, r * 0.6, r * 0.5), marrow - 25)
 
 
-def _sternum(hu, grid, level, p, h, cy, wobble):
-    if 0.12 < level < 0.9:
-        wide = np.interp(level, [0.12, 0.3, 0.6, 0.9], [27, 20, 17, 8])
-        at = cy - 1.03 * h - 3.5
-        paint(hu, grid, wobble(ellipse(0, at, wide, 6.0, 0, np.array([(0.04, 0)]))), 430.0)
-        paint(hu, grid, wobble(ellipse(0, at, wide - 1.8, 4.2, 0, np.array([(0.04, 0)]))), 140.0)
-    elif level <= 0.12:
+def _sternum(scene):
+    _, h, cy = scene.cage
+    if 0.12 < scene.level < 0.9:
+        wide = np.interp(scene.level, [0.12, 0.3, 0.6, 0.9], [27, 20, 17, 8])
+        for rx, ry, value in ((wide, 6.0, 430.0), (wide - 1.8, 4.2, 140.0)):
+            scene.paint(ellipse(0, cy - 1.03 * h - 3.5, rx, ry, 0, np.array([(0.04, 0)])), value)
+    elif scene.level <= 0.12:
         for side in (-1, 1):
-            paint(hu, grid, wobble(ellipse(side * 18, cy - 0.82 * h, 12, 8, side * 0.4)), 420.0)
-            paint(hu, grid, wobble(ellipse(side * 18, cy - 0.82 * h, 10, 6, side * 0.4)), 150.0)
+            for rx, ry, value in ((12, 8, 420.0), (10, 6, 150.0)):
+                scene.paint(ellipse(side * 18, cy - 0.82 * h, rx, ry, side * 0.4), value)
 
 
-def _organs(scene, w, h, cy, spine_y, wobble, rng):
+def _organs(scene, spine_y, rng):
     """Great vessels, heart, oesophagus, trachea and main bronchi, liver and left dome, by level."""
-    hu, grid, p, level = scene.hu, scene.grid, scene.patient, scene.level
-    q = p.seed
-    blood = scene.blood
+    grid, p, level, blood, put = scene.grid, scene.patient, scene.level, scene.blood, scene.put
+    q, (w, h, cy) = p.seed, scene.cage
     f = (spine_y - (cy - h)) / 125  # depth of the mediastinum against a middle-sized one
 
-    def put(shape, value):
-        shape = wobble(shape)
-        paint(hu, grid, shape, value)
-        paint(scene.lung, grid, shape, 0.0)
-
-    def spot(x, y, rx, ry=None, value=None, angle=0.0):
-        shape = ellipse(x, spine_y + y * f, rx, ry or rx, angle, rng.normal(0, 0.02, (3, 2)))
-        put(shape, blood if value is None else value)
+    def spot(x, y, rx, ry=None, value=blood, angle=0.0):
+        put(ellipse(x, spine_y + y * f, rx, ry or rx, angle, rng.normal(0, 0.02, (3, 2))), value)
 
     def chamber(x, y, rx, ry, value, angle=0.0):
         """A heart chamber: its edge is soft, because the heart beats."""
@@ -386,14 +352,15 @@ def _organs(scene, w, h, cy, spine_y, wobble, rng):
         for k in range(4):
             put(shape * (1.12 - 0.08 * k) + (x, spine_y + y * f), shade + (value - shade) * (k + 1) / 4)
 
-    def mix(values, levels):
-        return np.interp(level, levels, values)
-
     def fold(points):
         """Mediastinal fat with its pleural edge."""
-        put(smooth_contour(np.array(points) * (1, f) + (0, spine_y)), -92 + 12 * soft_field(rng, grid, 6))
+        put(smooth_contour(np.array(points) * (1, f) + (0, spine_y)), -92 + 12 * grid.field(rng, 6))
 
-    shade = 46 + 6 * soft_field(rng, grid, 8)
+    def vessel(points, width, value):
+        path = smooth_contour(np.array(points) * (1, f) + (0, spine_y), closed=False)
+        put(band(path, np.linspace(*width, len(path))), value)
+
+    shade = 46 + 6 * grid.field(rng, 8)
     ao = p.aorta
     x_desc = 20 + 5 * q[33]
     if level < 0.22:
@@ -405,45 +372,26 @@ def _organs(scene, w, h, cy, spine_y, wobble, rng):
         spot(20, -78, 9, 6.5, blood * 0.8 + 8, 0.5)
     elif level < 0.30:  # arch
         fold([(-24, -30), (-36, -66), (-30, -92), (-4, -108), (22, -96), (36, -62), (32, -26), (0, -12)])
-        path = smooth_contour(
-            np.array([(-13, -84), (4, -72), (20, -50), (x_desc, -22)]) * (1, f) + (0, spine_y), closed=False
-        )
-        put(band(path, ao * np.linspace(1.1, 0.9, len(path))), blood)
+        vessel([(-13, -84), (4, -72), (20, -50), (x_desc, -22)], (ao * 1.1, ao * 0.9), blood)
         spot(x_desc, -20, ao)
         spot(-32, -68, 8.5, 9.5, blood * 0.85 + 6)
     elif level < 0.52:
-        fold(
-            [
-                (-28, -24),
-                (-36, -50),
-                (-42, -76),
-                (-26, -100),
-                (0, -112),
-                (24, -104),
-                (42, -80),
-                (36, -46),
-                (30, -22),
-                (0, -14),
-            ]
-        )
+        fold([(-28, -24), (-36, -50), (-42, -76), (-26, -100), (0, -112), (24, -104), (42, -80), (36, -46), (30, -22),
+              (0, -14)])  # fmt: skip
         spot(-16, -84, ao * 1.28)
         spot(x_desc, -18, ao * 0.98)
         spot(-37, -72, 8.5, 10, blood * 0.85 + 6)
         if level > 0.38:  # pulmonary trunk; the right artery passes behind the ascending aorta
             spot(19, -86, 14, 13, blood * 1.08, 0.5)
             if level < 0.47:
-                path = smooth_contour(
-                    np.array([(18, -78), (2, -64), (-20, -60), (-42, -56)]) * (1, f) + (0, spine_y),
-                    closed=False,
-                )
-                put(band(path, np.linspace(11, 8, len(path))), blood * 1.08)
+                vessel([(18, -78), (2, -64), (-20, -60), (-42, -56)], (11, 8), blood * 1.08)
                 spot(36, -62, 10, 12, blood * 1.08, 0.6)
     else:
-        grow = mix([0.78, 1.0, 1.0, 0.8], [0.52, 0.66, 0.84, 1.0]) * p.heart
+        grow = np.interp(level, [0.52, 0.66, 0.84, 1.0], [0.78, 1.0, 1.0, 0.8]) * p.heart
         wide = 0.46 * w * grow
         x0, y0 = 0.13 * w, -70
         shape = ellipse(x0, spine_y + y0 * f, wide * 1.10, 41 * grow * f, 0.32, np.array([(0.05, 0.4), (0.05, 2.2)]))
-        put(shape, -88 + 10 * soft_field(rng, grid, 7))
+        put(shape, -88 + 10 * grid.field(rng, 7))
         put((shape - (x0, spine_y + y0 * f)) * (0.955, 0.94) + (x0, spine_y + y0 * f), shade)
         if level < 0.62:
             spot(-6, -84, ao * 1.2, ao * 1.15, blood)
@@ -462,25 +410,22 @@ def _organs(scene, w, h, cy, spine_y, wobble, rng):
     if level > 0.3:
         spot(-8, -18, 4, 4, blood * 0.9)  # azygos
     # Oesophagus.
-    spot(5 + 4 * q[35], -27 if level > 0.22 else -34, 8, 5.5, 42.0, 0.2)
+    y0 = -27 if level > 0.22 else -34
+    spot(5 + 4 * q[35], y0, 8, 5.5, 42.0, 0.2)
     if q[36] < 0.35:
-        spot(5 + 4 * q[35], -27 if level > 0.22 else -34, 3, 1.8, -700.0, 0.2)
+        spot(5 + 4 * q[35], y0, 3, 1.8, -700.0, 0.2)
     for _ in range(rng.integers(0, 4)):  # small lymph nodes
         spot(rng.uniform(-26, 26), rng.uniform(-75, -40), rng.uniform(2, 4.5), rng.uniform(2, 3.5), 45.0)
 
-    # Trachea, carina, main bronchi.
-    r = p.trachea
-    y_t = -44
-    if level < 0.41:
-        x_t = -3 + 3 * (q[37] - 0.5)
-        if level > 0.36:
+    # Trachea, carina, main bronchi: a wall, then the air in it.
+    r, y_t, x_t = p.trachea, -44, -3 + 3 * (q[37] - 0.5)
+    if level <= 0.36:
+        spot(x_t, y_t, r + 1.6, r + 1.6, 40.0)
+        spot(x_t, y_t, r, r * 1.03, p.gas)
+    elif level < 0.41:
+        for rx, ry, value in ((0.98, 0.95, 40.0), (0.83, 0.8, p.gas)):
             for side in (-1, 1):
-                spot(x_t + side * r * 0.85, y_t, r * 0.98, r * 0.95, 40.0)
-            for side in (-1, 1):
-                spot(x_t + side * r * 0.85, y_t, r * 0.83, r * 0.8, p.gas)
-        else:
-            spot(x_t, y_t, r + 1.6, r + 1.6, 40.0)
-            spot(x_t, y_t, r, r * 1.03, p.gas)
+                spot(x_t + side * r * 0.85, y_t, r * rx, r * ry, value)
     elif level < 0.56:
         spread = (level - 0.41) / 0.15
         for side, radius in ((-1, 0.78), (1, 0.68)):
@@ -494,10 +439,8 @@ def _organs(scene, w, h, cy, spine_y, wobble, rng):
             x0 = hx - side * (9 - 3 * near) + rng.normal(0, 2)
             for _ in range(3):
                 r = rng.uniform(3.2, 4.5) + 3.0 * near
-                put(
-                    ellipse(x0 + side * rng.uniform(-2, 7), hy + rng.uniform(-15, 13), r, r * rng.uniform(0.8, 1.2)),
-                    blood,
-                )
+                x1, y1 = x0 + side * rng.uniform(-2, 7), hy + rng.uniform(-15, 13)
+                put(ellipse(x1, y1, r, r * rng.uniform(0.8, 1.2)), blood)
             for _ in range(2):
                 r = rng.uniform(2.4, 4.2)
                 shape = ellipse(x0 + side * rng.uniform(-1, 8), hy + rng.uniform(-11, 9), r, r * rng.uniform(0.75, 1.1))
@@ -508,13 +451,12 @@ def _organs(scene, w, h, cy, spine_y, wobble, rng):
     for side, first, share in ((-1, 0.74 + 0.08 * q[38], 1.0), (1, 0.82 + 0.09 * q[39], 0.9)):
         if level > first:
             grow = min(1.0, (level - first) / 0.3) ** 0.5 * share
-            centre = (side * 0.52 * w, cy - 0.10 * h)
-            shape = ellipse(
-                *centre, 0.50 * w * grow, 0.72 * h * grow, side * -0.12, np.array([(0.03, 0.3), (0.03, 1.1)])
-            )
-            put(shape, 58 + p.contrast * 0.3 + 6 * soft_field(rng, grid, 8))
+            x0, y0 = side * 0.52 * w, cy - 0.10 * h
+            bumps = np.array([(0.03, 0.3), (0.03, 1.1)])
+            shape = ellipse(x0, y0, 0.50 * w * grow, 0.72 * h * grow, side * -0.12, bumps)
+            put(shape, 58 + p.contrast * 0.3 + 6 * grid.field(rng, 8))
             if side > 0 and q[40] < 0.6 and grow > 0.5:
-                put(ellipse(centre[0], centre[1] - 0.25 * h, 0.2 * w * grow, 0.16 * h * grow), p.gas)
+                put(ellipse(x0, y0 - 0.25 * h, 0.2 * w * grow, 0.16 * h * grow), p.gas)
 
 
 def _vessels_and_airways(scene, rng):
@@ -543,19 +485,18 @@ def _vessels_and_airways(scene, rng):
             tree = grow_tree(rng, here, np.column_stack([chosen, z]), 0.34, 0.40)
             points, radius, slope, branch = tree.sample(rng, max(0.5, 0.8 * grid.pixel))
             radius = np.minimum(radius, 5.5)
-            filled = np.maximum(filled, stamp_tubes(grid, points, radius, slope))
+            filled = np.maximum(filled, grid.tubes(points, radius, slope))
             if kind == "artery":
                 big = (radius > 1.3) & (tree.depth[branch] < 5)
-                if big.any():
-                    flat = points[big].copy()
-                    ahead = (tree.end - tree.start)[branch[big]]
-                    beside = np.stack([-ahead[:, 1], ahead[:, 0]], axis=1)
-                    beside /= np.maximum(np.linalg.norm(beside, axis=1, keepdims=True), 1e-6)
-                    tube = np.minimum(radius[big] * 0.8, 4.0)
-                    flat[:, :2] += beside * (radius[big] + tube)[:, None]
-                    thick = 0.4 + 0.1 * tube + 0.5 * (p.seed[41] < 0.25)  # bronchial wall thickening in some
-                    walls = np.maximum(walls, stamp_tubes(grid, flat, tube + thick, slope[big]))
-                    lumens = np.maximum(lumens, stamp_tubes(grid, flat, tube, slope[big]))
+                flat = points[big]
+                ahead = (tree.end - tree.start)[branch[big]]
+                beside = np.stack([-ahead[:, 1], ahead[:, 0]], axis=1)
+                beside /= np.maximum(np.linalg.norm(beside, axis=1, keepdims=True), 1e-6)
+                tube = np.minimum(radius[big] * 0.8, 4.0)
+                flat[:, :2] += beside * (radius[big] + tube)[:, None]
+                thick = 0.4 + 0.1 * tube + 0.5 * (p.seed[41] < 0.25)  # bronchial wall thickening in some
+                walls = np.maximum(walls, grid.tubes(flat, tube + thick, slope[big]))
+                lumens = np.maximum(lumens, grid.tubes(flat, tube, slope[big]))
     inside = np.minimum(1, scene.lung + (scene.wall > 12) * (hu < -60))
     hu += inside * walls * (20 - hu)
     hu += inside * lumens * (np.float32(p.gas + 8) - hu)

@@ -2,11 +2,12 @@
 
 import contextlib
 import csv
+import functools
 import hashlib
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import astuple, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from ctutils.base import CTError, atomic_path, file_sha256, progress, read_json,
 from ctutils.phantom.acquisition import LUNG_WINDOW, Scanner, acquire
 from ctutils.phantom.anatomy import Patient, draw_anatomy
 from ctutils.phantom.findings import add_confounders, add_finding
-from ctutils.phantom.shapes import Grid
+from ctutils.phantom.shapes import Grid, window_of
 
 CLASSES = ("ILD", "Lung_Cancer", "Normal", "pneumonia", "pneumothorax")
 SPLITS = ("train", "val", "test")
@@ -46,18 +47,8 @@ class SliceRecord:
 
     def row(self) -> dict:
         """Return the record as a row of findings.csv; an absent box is four empty cells."""
-        x0, y0, x1, y1 = self.box or ("", "", "", "")
-        values = (
-            self.path,
-            self.split,
-            self.label,
-            self.patient,
-            self.level,
-            self.finding,
-            self.severity,
-            self.side,
-        )
-        return dict(zip(FIELDS, (*values, x0, y0, x1, y1), strict=True))
+        *values, box = astuple(self)
+        return dict(zip(FIELDS, (*values, *(box or ("", "", "", ""))), strict=True))
 
 
 def class_counts(total: int, balanced: bool = False) -> dict[str, int]:
@@ -67,10 +58,8 @@ def class_counts(total: int, balanced: bool = False) -> dict[str, int]:
     """
     weights = np.array([1, 1, 1, 1, 1] if balanced else [1, 1, 4, 1, 1])
     counts = total * weights // weights.sum()
-    rest = int(total - counts.sum())
     order = [2, 0, 1, 3, 4]  # what is left goes to Normal first: 8001 -> 1000, 1000, 4001, 1000, 1000
-    for k in range(rest):
-        counts[order[k % 5]] += 1
+    counts[order[: total - counts.sum()]] += 1
     return {name: int(n) for name, n in zip(CLASSES, counts, strict=True)}
 
 
@@ -108,12 +97,10 @@ def make_slice(
         CTError: an unknown split, class, finding, shortcut or size.
     """
     finding = label if finding is None else finding
+    _check(size, shortcut)
     _known("class", label, CLASSES)
     _known("finding", finding, (*CLASSES, "none"))
     _known("split", split, SPLITS)
-    _known("shortcut", shortcut, (None, *SHORTCUTS))
-    if not 32 <= size <= 2048:
-        raise CTError(f"a size of {size}", "32 to 2048 pixels", "choose another size")
     patient_number = patient_of(index)
     key = [seed, SPLITS.index(split), CLASSES.index(label)]
     patient_rng = np.random.default_rng([*key, patient_number, 1])
@@ -137,7 +124,7 @@ def make_slice(
     add_confounders(scene, other)
     drawn = add_finding(scene, finding, severity, sick)
     image = acquire(scene.hu, grid, scene.body, scanner, scan, window)
-    nothing = finding in ("Normal", "none")
+    found = window_of(drawn["mask"])
     record = SliceRecord(
         path=_path(split, label, index),
         split=split,
@@ -145,9 +132,9 @@ def make_slice(
         patient=f"{split}-{label}-{patient_number:05d}",
         level=round(level, 3),
         finding=drawn["finding"],
-        severity=0.0 if nothing else round(severity, 3),
+        severity=0.0 if finding in ("Normal", "none") else round(severity, 3),
         side=drawn["side"],
-        box=_box(drawn["mask"]),
+        box=found and (int(found[1].start), int(found[0].start), int(found[1].stop), int(found[0].stop)),
     )
     return image, record
 
@@ -187,42 +174,51 @@ def write_dataset(
     totals = {"train": train, "val": val, "test": test}
     if min(totals.values()) < 0 or sum(totals.values()) == 0:
         raise CTError(f"counts {totals}", "0 or more slices a split, and some", "give --train and --val")
-    if not 32 <= size <= 2048:
-        raise CTError(f"a size of {size}", "32 to 2048 pixels", "choose another size")
-    _known("shortcut", shortcut, (None, *SHORTCUTS))
     if workers is not None and workers < 1:
         raise CTError(f"{workers} workers", "1 or more", "leave the number out to use all cores")
+    _check(size, shortcut)
     arguments = {**totals, "seed": seed, "size": size, "shortcut": shortcut, "balanced": balanced}
     mark = {"generator_version": GENERATOR_VERSION, "arguments": arguments}
-    started, done = out / "unfinished.jsonl", out / "dataset.json"
-    for file in (done, started):
-        if file.exists():
-            found = read_json(file) if file == done else _journal(file)[0]
-            if {k: found.get(k) for k in mark} != mark:
-                raise CTError(
-                    f"another data set in '{out}' ({json.dumps(found.get('arguments', found.get('name')))})",
-                    f"an empty folder, or the same arguments {json.dumps(arguments)}",
-                    "choose another folder, or delete this one",
-                )
+    started, done, table = out / "unfinished.json", out / "dataset.json", out / "findings.csv"
+    for file in filter(Path.exists, (done, started)):
+        found = read_json(file)
+        if {k: found.get(k) for k in mark} != mark:
+            raise CTError(
+                f"another data set in '{out}' ({json.dumps(found.get('arguments', found.get('name')))})",
+                f"an empty folder, or the same arguments {json.dumps(arguments)}",
+                "choose another folder, or delete this one",
+            )
     counts = {split: class_counts(n, balanced) for split, n in totals.items() if n}
     jobs = [(s, c, i) for s, per_class in counts.items() for c, n in per_class.items() for i in range(n)]
     if done.exists() and all((out / _path(*job)).exists() for job in jobs):
         return out
-    if not started.exists() and out.exists() and any(out.iterdir()) and not done.exists():
+    if out.exists() and any(out.iterdir()) and not (started.exists() or done.exists()):
         raise CTError(f"files in '{out}' that are no synthetic data set", "an empty folder", "choose another folder")
+    write_json(started, mark)
     done.unlink(missing_ok=True)
+    for path in out.glob("*/*/.tmp-*"):  # left by a process that was killed
+        path.unlink(missing_ok=True)
     for split, per_class in counts.items():
         for name in per_class:
             (out / split / name).mkdir(parents=True, exist_ok=True)
-    rows = _run(out, started, mark, jobs, workers, show_progress)
 
-    rows = [rows[job] for job in jobs]
-    with atomic_path(out / "findings.csv") as temporary:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row for row, _ in rows)
-    listing = "".join(f"{sha}  {row['path']}\n" for row, sha in rows)
+    # The table of findings is the log of a run: a row is added when its picture is there, put in order at the end.
+    rows = {row["path"]: row for row in _read_table(table) if _decodes(out / row["path"])}
+    _write_table(table, rows.values())
+    left = [job for job in jobs if _path(*job) not in rows]
+    make = functools.partial(_write_slice, out, seed, size, shortcut)
+    with open(table, "a", newline="", encoding="utf-8") as file, _mapped(make, left, workers) as made:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        if show_progress:
+            made = progress(made, total=len(jobs), initial=len(rows), desc="synthetic slices", unit="slice")
+        for row in made:
+            rows[row["path"]] = row
+            writer.writerow(row)
+            file.flush()
+    rows = [rows[_path(*job)] for job in jobs]
+    _write_table(table, rows)
+    listing = "".join(f"{file_sha256(out / row['path'])}  {row['path']}\n" for row in rows)
+    level, width = LUNG_WINDOW
     write_json(
         done,
         {
@@ -233,6 +229,7 @@ def write_dataset(
             "seed": seed,
             "shortcut": shortcut,
             "counts": counts,
+            "window": {"level": level, "width": width, "unit": "HU"},
             "list_sha256": hashlib.sha256(listing.encode()).hexdigest(),
             "note": "Procedural pictures, no patients. Not for clinical use.",
         },
@@ -241,106 +238,57 @@ def write_dataset(
     return out
 
 
-def _run(out, journal, mark, jobs, workers, show_progress) -> dict:
-    """Make every slice that is not there yet and return {(split, class, index): (row, sha256)}.
-
-    The journal holds the arguments and then a line for each finished slice, so that a second call goes on.
-    """
-    rows = {}
-    for path in out.glob("*/*/.tmp-*"):  # left by a process that was killed
-        path.unlink(missing_ok=True)
-    if journal.exists():
-        for split, label, index, row, sha in _journal(journal)[1]:
-            path = out / _path(split, label, index)
-            if path.exists() and file_sha256(path) == sha:
-                rows[split, label, index] = row, sha
-    lines = [mark, *([*job, *kept] for job, kept in rows.items())]
-    with atomic_path(journal) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    left = [job for job in jobs if job not in rows]
-    bar = progress(total=len(jobs), initial=len(rows), desc="synthetic slices", unit="slice") if show_progress else None
-    arguments = mark["arguments"]
-    task = (str(out), arguments["seed"], arguments["size"], arguments["shortcut"])
-    workers = min(workers or os.cpu_count() or 1, max(1, len(left) // 4))
-    parcel = max(1, min(16, len(left) // (4 * workers)))
-    parcels = [left[k : k + parcel] for k in range(0, len(left), parcel)]
-    with open(journal, "a", encoding="utf-8") as file:
-
-        def take(result):
-            rows.update(result)
-            file.writelines(json.dumps([*job, *kept]) + "\n" for job, kept in result.items())
-            file.flush()
-            if bar is not None:
-                bar.update(len(result))
-
-        if workers == 1:
-            for some in parcels:
-                take(_make_parcel(task, some))
-        else:
-            with _one_thread_each(), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-                try:
-                    for future in as_completed([pool.submit(_make_parcel, task, some) for some in parcels]):
-                        take(future.result())
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise
-    if bar is not None:
-        bar.close()
-    return rows
-
-
 @contextlib.contextmanager
-def _one_thread_each():
-    """Let worker processes start with one BLAS thread each: two cores, not four quarrelling threads."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))  # read by the workers when they load numpy
+def _mapped(make, jobs: list, workers: int | None):
+    """Yield the iterator of make(job) in the order of the jobs, by several processes where that pays."""
+    workers = min(workers or os.cpu_count() or 1, max(1, len(jobs) // 4))
+    if workers == 1:
+        yield map(make, jobs)
+        return
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
     try:
-        yield
+        yield pool.map(make, jobs, chunksize=max(1, min(16, len(jobs) // (4 * workers))))
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C only what is begun is finished
 
 
-def _make_parcel(task: tuple, jobs: list) -> dict:
-    """Make some slices in a worker process."""
-    out, seed, size, shortcut = task
-    result = {}
-    for split, label, index in jobs:
-        image, record = make_slice(seed, split, label, index, size=size, shortcut=shortcut)
-        with atomic_path(Path(out) / record.path) as temporary:
-            Image.fromarray(np.repeat(image[:, :, None], 3, axis=2)).save(temporary, compress_level=PNG_LEVEL)
-            sha = file_sha256(temporary)
-        result[split, label, index] = record.row(), sha
-    return result
+def _write_slice(out: Path, seed: int, size: int, shortcut: str | None, job: tuple) -> dict:
+    """Make one slice, write its picture and return its row of findings.csv; works in a process of its own."""
+    image, record = make_slice(seed, *job, size=size, shortcut=shortcut)
+    with atomic_path(out / record.path) as temporary:
+        Image.fromarray(image).convert("RGB").save(temporary, compress_level=PNG_LEVEL)
+    return record.row()
 
 
-def _journal(path: Path) -> tuple[dict, list]:
-    """Read the journal of an interrupted run; a line cut off in the middle ends it."""
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    if not lines:
-        return {}, []
-    return lines[0], lines[1:]
+def _read_table(path: Path) -> list[dict]:
+    """Read the rows of findings.csv, none where there is no file; a line cut off in the middle is left out."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+
+
+def _write_table(path: Path, rows) -> None:
+    with atomic_path(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _decodes(path: Path) -> bool:
+    """Tell whether a picture is there and whole."""
+    with contextlib.suppress(OSError, SyntaxError), Image.open(path) as image:
+        image.load()
+        return True
+    return False
 
 
 def _path(split: str, label: str, index: int) -> str:
     return f"{split}/{label}/ChestCT_{label}_{index + 1:08d}.png"
 
 
-def _box(mask: np.ndarray) -> tuple[int, int, int, int] | None:
-    """Return the smallest x0, y0, x1, y1 around a mask, None when it is empty."""
-    if not mask.any():
-        return None
-    rows, cols = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
-    return int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1
+def _check(size: int, shortcut: str | None) -> None:
+    if not 32 <= size <= 2048:
+        raise CTError(f"a size of {size}", "32 to 2048 pixels", "choose another size")
+    _known("shortcut", shortcut, (None, *SHORTCUTS))
 
 
 def _known(what: str, value, allowed: tuple) -> None:

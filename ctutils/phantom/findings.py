@@ -5,15 +5,7 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 
 from ctutils.phantom.anatomy import Scene
-from ctutils.phantom.shapes import (
-    coverage,
-    ellipse,
-    grow_tree,
-    mask_of,
-    smooth_contour,
-    soft_field,
-    stamp_tubes,
-)
+from ctutils.phantom.shapes import Grid, ellipse, fill, grow_tree, smooth_contour, window_of
 
 
 def add_confounders(scene: Scene, rng: np.random.Generator) -> None:
@@ -26,18 +18,15 @@ def add_confounders(scene: Scene, rng: np.random.Generator) -> None:
     if chance[0] < 0.6:  # dependent atelectasis: a band along the back, worse at the base
         depth = 3 + 13 * size[0]
         veil = np.clip(1 - scene.inner / depth, 0, 1) * np.clip((back - 0.55) / 0.3, 0, 1)
-        _add(scene, veil * (1 + 0.5 * soft_field(streams[0], grid, 9)), 100 + 420 * size[0] ** 2)
+        _add(scene, veil * (1 + 0.5 * grid.field(streams[0], 9)), 100 + 420 * size[0] ** 2)
     if chance[1] < 0.36:  # bullae: thin-walled air under the pleura, a mimic of pneumothorax
         _bullae(scene, streams[1], 1 + int(6 * size[1] ** 2))
     if chance[2] < 0.14:  # calcified granuloma
         at = _pick(scene, streams[2], lambda wall: wall > 4)
         if at is not None:
             r = 1.5 + 2 * size[2]
-            _blob(
-                scene,
-                ellipse(*at, r, r, 0, streams[2].normal(0, 0.05, (2, 2))),
-                480 + 400 * streams[2].random(),
-            )
+            shape = ellipse(*at, r, r, 0, streams[2].normal(0, 0.05, (2, 2)))
+            _blob(scene, shape, 480 + 400 * streams[2].random())
     if chance[3] < 0.75:  # oblique fissures
         _fissures(scene, streams[3])
     if chance[4] < 0.03 and scene.level < 0.35:  # azygos fissure
@@ -57,10 +46,10 @@ def add_confounders(scene: Scene, rng: np.random.Generator) -> None:
             bow = np.array([(-np.sin(way), np.cos(way))]) * (t / 12) ** 2 * streams[6].normal(0, 2)
             _line(scene, at + t * (np.cos(way), np.sin(way)) + bow, 0.5 + size[6], 450)
     if chance[7] < 0.3:  # air trapping: patches of darker lung
-        patch = np.clip(soft_field(streams[7], grid, 30) - 0.5, 0, 0.7)
+        patch = np.clip(grid.field(streams[7], 30) - 0.5, 0, 0.7)
         _add(scene, patch, -35 - 30 * size[7])
     if chance[8] < 0.4:  # patches of slightly denser lung (low inspiration, perfusion)
-        patch = np.clip(soft_field(streams[8], grid, 34) - 0.3, 0, 1)
+        patch = np.clip(grid.field(streams[8], 34) - 0.3, 0, 1)
         _add(scene, patch, 30 + 90 * size[8])
     np.maximum(hu, -1024, out=hu)
 
@@ -76,10 +65,9 @@ def add_finding(scene: Scene, finding: str, severity: float, rng: np.random.Gene
     Returns:
         finding (the sign drawn), side (right, left, both or ""), mask bool (size, size) of the finding.
     """
-    if finding in ("Normal", "none"):
-        return {"finding": "", "side": "", "mask": np.zeros(scene.hu.shape, dtype=bool)}
-    draw = {"ILD": _ild, "Lung_Cancer": _cancer, "pneumonia": _pneumonia, "pneumothorax": _pneumothorax}[finding]
-    sign, mask = draw(scene, severity, rng)
+    draw = {"ILD": _ild, "Lung_Cancer": _cancer, "pneumonia": _pneumonia, "pneumothorax": _pneumothorax}.get(finding)
+    drawn = draw(scene, severity, rng) if draw else None  # None too where no place was found
+    sign, mask = drawn or ("", np.zeros(scene.hu.shape, dtype=bool))
     right, left = (mask & (scene.x < 0)).sum(), (mask & (scene.x > 0)).sum()
     side = "both" if min(right, left) > 0.15 * max(right, left) else ("right" if right > left else "left")
     return {"finding": sign, "side": side if mask.any() else "", "mask": mask}
@@ -114,20 +102,19 @@ def _pick(scene: Scene, rng, where=None, side: int = 0):
         s = scene.sides[rng.integers(2) if side == 0 else (0 if side < 0 else 1)]
         low, high = s.min(0), s.max(0)
         at = rng.uniform(low, high)
-        px = np.round(scene.grid.to_pixels(at)).astype(int)
-        if (px < 0).any() or (px >= scene.grid.size).any():
+        row, col = scene.grid.nearest(at)
+        if not (0 <= row < scene.grid.size and 0 <= col < scene.grid.size):
             continue
-        if scene.lung[px[1], px[0]] > 0.95 and (where is None or where(scene.wall[px[1], px[0]])):
+        if scene.lung[row, col] > 0.95 and (where is None or where(scene.wall[row, col])):
             return at
     return None
 
 
-def _blob(scene: Scene, contour: np.ndarray, value: float, keep: float = 1.0) -> None:
-    found = coverage(scene.grid, contour)
-    if found is not None:
-        window, share = found
-        share = share * keep * (scene.lung[window] > 0.02) * np.minimum(1, scene.lung[window] * 1.3)
-        scene.hu[window] += share * (value - scene.hu[window])
+def _blob(scene: Scene, contour: np.ndarray, value: float) -> None:
+    """Fill a contour (N, 2) with `value` HU where there is lung."""
+    window, share = scene.grid.coverage(contour)
+    share = share * (scene.lung[window] > 0.02) * np.minimum(1, scene.lung[window] * 1.3)
+    fill(scene.hu, window, share, value)
 
 
 def _line(scene: Scene, path: np.ndarray, radius: float, amount: float) -> None:
@@ -136,10 +123,15 @@ def _line(scene: Scene, path: np.ndarray, radius: float, amount: float) -> None:
     along = np.concatenate([[0], np.cumsum(steps)])
     t = np.arange(0, along[-1], max(0.5, 0.6 * scene.grid.pixel))
     points = np.stack([np.interp(t, along, path[:, k]) for k in (0, 1)], axis=1)
-    disk = stamp_tubes(
-        scene.grid, np.column_stack([points, np.zeros(len(t))]), np.full(len(t), radius), np.full(len(t), 0.2)
-    )
-    _add(scene, disk, amount)
+    _add(scene, scene.grid.tubes(points, radius, 0.2), amount)
+
+
+def _pushed(picture: np.ndarray, grid: Grid, win: tuple[slice, slice], x, y) -> np.ndarray:
+    """Return a window of a picture in which every pixel shows what lies (x, y) mm from it, in the patient's axes."""
+    c, s = np.cos(grid.angle), np.sin(grid.angle)
+    row = np.arange(win[0].start, win[0].stop)[:, None] + (s * x + c * y) / grid.pixel
+    col = np.arange(win[1].start, win[1].stop)[None, :] + (c * x - s * y) / grid.pixel
+    return ndimage.map_coordinates(picture, [row, col], order=1, mode="nearest")
 
 
 def _fissures(scene: Scene, rng) -> None:
@@ -150,7 +142,7 @@ def _fissures(scene: Scene, rng) -> None:
         y0 = mid[1] + (back + rng.normal(0, 0.1)) * half[1]
         t = np.linspace(-1, 1, 30)
         sag = rng.uniform(-0.15, 0.2) * half[1]
-        path = np.column_stack([mid[0] + t * half[0], y0 + side * 0 * t - sag * (1 - t**2) + t * side * 8])
+        path = np.column_stack([mid[0] + t * half[0], y0 - sag * (1 - t**2) + t * side * 8])
         _line(scene, path, rng.uniform(0.35, 0.6), rng.uniform(120, 260))
 
 
@@ -164,8 +156,7 @@ def _bullae(scene: Scene, rng, count: int) -> None:
         at = around + rng.normal(0, 1, 2) * (0 if k == 0 else 12)
         shape = ellipse(*at, r, r * rng.uniform(0.6, 1), rng.uniform(0, 3), rng.normal(0, 0.06, (3, 2)))
         _blob(scene, shape, -780.0)
-        centre = at
-        _blob(scene, centre + (shape - centre) * (1 - 1.0 / r), scene.patient.gas + 6)
+        _blob(scene, at + (shape - at) * (1 - 1.0 / r), scene.patient.gas + 6)
 
 
 # ---- findings ----------------------------------------------------------------------------------------------
@@ -181,13 +172,13 @@ def _ild(scene: Scene, severity: float, rng):
     kind = rng.random()  # below 0.5: UIP with honeycombing; then NSIP-like with more ground glass
     back = _dorsal(scene)
     extent = (3.5 + 13.5 * severity) * (0.7 + 0.5 * scene.level)
-    clouds = soft_field(rng, grid, 24)
+    clouds = grid.field(rng, 24)
     edge = scene.inner + 5 * clouds - 6 * (back - 0.5)
     zone = np.clip((extent - edge) / 5 + 0.5, 0, 1) * (scene.wall < 60)
     zone *= np.clip(0.35 + 0.9 * back + 0.25 * clouds, 0, 1)
     mesh_scale = rng.uniform(4.0, 6.0)
-    fine = soft_field(rng, grid, mesh_scale) + 0.6 * soft_field(rng, grid, mesh_scale * 0.6)
-    other = soft_field(rng, grid, mesh_scale) + 0.6 * soft_field(rng, grid, mesh_scale * 0.6)
+    fine = grid.field(rng, mesh_scale) + 0.6 * grid.field(rng, mesh_scale * 0.6)
+    other = grid.field(rng, mesh_scale) + 0.6 * grid.field(rng, mesh_scale * 0.6)
     lines = np.maximum(np.exp(-((fine / 0.20) ** 2)), 0.9 * np.exp(-((other / 0.17) ** 2)))
     _add(scene, zone, (35 + 115 * severity) * (0.6 if kind < 0.5 else 1.3))
     _add(scene, zone * lines, 190 + 360 * severity)
@@ -213,8 +204,7 @@ def _ild(scene: Scene, severity: float, rng):
             at = _pick(scene, rng, lambda wall: (wall > 5) & (wall < 10 + extent))
             if at is None:
                 break
-            col, row = np.round(grid.to_pixels(at)).astype(int)
-            if zone[row, col] < 0.3:
+            if zone[grid.nearest(at)] < 0.3:
                 continue
             side = scene.hilum[0 if at[0] < 0 else 1]
             way = (at - side) / max(np.linalg.norm(at - side), 1) + rng.normal(0, 0.3, 2)
@@ -222,9 +212,8 @@ def _ild(scene: Scene, severity: float, rng):
             length = rng.uniform(3, 9)
             path = at + np.outer(t * length, way) + np.outer(t**2, rng.normal(0, 2, 2))
             r = rng.uniform(0.7, 1.3) * (1 + 0.3 * np.sin(t * rng.uniform(4, 8)))
-            points, flat = np.column_stack([path, np.zeros(50)]), np.full(50, 0.5)
-            _mix(scene, stamp_tubes(grid, points, r + 0.8, flat), -250.0)
-            _mix(scene, stamp_tubes(grid, points, r, flat), -960.0)
+            _mix(scene, grid.tubes(path, r + 0.8, 0.5), -250.0)
+            _mix(scene, grid.tubes(path, r, 0.5), -960.0)
     return sign, (zone > 0.3) & (scene.lung > 0.5)
 
 
@@ -234,54 +223,39 @@ def _cancer(scene: Scene, severity: float, rng):
     r = 4.8 + 14.5 * severity**1.15
     at = _pick(scene, rng, lambda wall: wall > min(r * 0.4 + 2, 12))
     if at is None:
-        return "", np.zeros(scene.hu.shape, dtype=bool)
+        return None
     solid = rng.uniform(15, 60) + 0.18 * scene.patient.contrast
     part_solid, cavity = rng.random() < 0.2, rng.random() < 0.12 and r > 6
     spiculated = rng.random() < 0.62
     bumps = np.column_stack([rng.normal(0, 1, 5) * np.array([0.09, 0.07, 0.05, 0.035, 0.03]), rng.uniform(0, 6.3, 5)])
     shape = ellipse(*at, r * rng.uniform(0.85, 1.2), r * rng.uniform(0.8, 1.05), rng.uniform(0, 3), bumps)
-    mask = mask_of(grid, shape)
+    mask = grid.mask(shape)
     sign = "spiculated" if spiculated else "lobulated"
     sign += " nodule" if r < 15 else " mass"
     if part_solid:
         sign = "part-solid nodule"
-        halo = mask_of(grid, at + (shape - at) * 1.35)
-        texture = 0.85 + 0.25 * soft_field(rng, grid, 4)
+        halo = grid.mask(at + (shape - at) * 1.35)
+        texture = 0.85 + 0.25 * grid.field(rng, 4)
         _add(scene, ndimage.gaussian_filter(halo, 1.2 / grid.pixel) * texture, rng.uniform(260, 400))
         shape = at + (shape - at) * 0.6 + rng.normal(0, 0.1 * r, 2)
     if spiculated:
-        rays = rng.integers(9, 18)
-        angles = np.sort(rng.uniform(0, 2 * np.pi, rays))
-        all_points, all_r = [], []
-        for angle in angles:
+        t, paths, radii = np.linspace(0, 1, 40), [], []
+        for angle in np.sort(rng.uniform(0, 2 * np.pi, rng.integers(9, 18))):
             length = r * rng.uniform(0.35, 0.95) + 2.0
-            t = np.linspace(0, 1, 40)
             way = np.array([np.cos(angle), np.sin(angle)])
             side = np.array([-way[1], way[0]])
-            path = at + np.outer(0.72 * r + t * length, way) + np.outer(t**2, side * rng.normal(0, 1.5))
-            all_points.append(np.column_stack([path, np.zeros(40)]))
-            all_r.append(rng.uniform(0.6, 1.1) * (1.1 - t))
-        points, radius = np.vstack(all_points), np.concatenate(all_r)
-        _mix(scene, 0.85 * stamp_tubes(grid, points, radius, np.full(len(radius), 0.3)), solid - 40)
+            paths.append(at + np.outer(0.72 * r + t * length, way) + np.outer(t**2, side * rng.normal(0, 1.5)))
+            radii.append(rng.uniform(0.6, 1.1) * (1.1 - t))
+        _mix(scene, 0.85 * grid.tubes(np.vstack(paths), np.concatenate(radii), 0.3), solid - 40)
     if rng.random() < 0.4:  # pleural tag
-        px = np.round(grid.to_pixels(at)).astype(int)
-        far = scene.wall[px[1], px[0]]
         centre = np.array([0, at[1] * 0.6])
         way = (at - centre) / max(np.linalg.norm(at - centre), 1)
-        t = np.linspace(0, 1, 80)
-        path = at + np.outer(t * min(far + 2, 28), way)
-        _mix(
-            scene,
-            0.8 * stamp_tubes(grid, np.column_stack([path, 0 * t]), np.full(80, 0.7), np.full(80, 0.3)),
-            0.0,
-        )
+        path = at + np.outer(np.linspace(0, 1, 80) * min(scene.wall[grid.nearest(at)] + 2, 28), way)
+        _mix(scene, 0.8 * grid.tubes(path, 0.7, 0.3), 0.0)
         sign += " with pleural tag"
-    soft = coverage(grid, shape)
-    if soft is not None:
-        window, share = soft
-        grain = solid + 12 * soft_field(rng, grid, 5)[window]
-        share = share * np.minimum(1, scene.lung[window] * 1.2)
-        scene.hu[window] += share * (np.maximum(grain, scene.hu[window] * 0.2) - scene.hu[window])
+    window, share = grid.coverage(shape)
+    grain = solid + 12 * grid.field(rng, 5)
+    fill(scene.hu, window, share * np.minimum(1, scene.lung[window] * 1.2), np.maximum(grain, scene.hu * 0.2))
     if cavity and not part_solid:
         sign = "cavitating " + sign
         hole = at + (shape - at) * rng.uniform(0.4, 0.62) + rng.normal(0, 0.08 * r, 2)
@@ -296,9 +270,10 @@ def _pneumonia(scene: Scene, severity: float, rng):
     side = int(rng.choice([-1, 1]))
     at = _pick(scene, rng, lambda wall: (wall > 5) & (wall < 45), side)
     if at is None:
-        return "", np.zeros(scene.hu.shape, dtype=bool)
+        return None
     size = 15 + 26 * severity
-    clouds, grain = soft_field(rng, grid, 16), soft_field(rng, grid, 6)
+    hilum = scene.hilum[0 if side < 0 else 1]
+    clouds, grain = grid.field(rng, 16), grid.field(rng, 6)
     far = np.hypot((scene.x - at[0]), (scene.y - at[1]) * rng.uniform(0.8, 1.3))
     same_side = (scene.x * side > 0).astype(np.float32)
     if kind == 0:  # consolidation: dense, with a ragged edge of ground glass
@@ -310,12 +285,14 @@ def _pneumonia(scene: Scene, severity: float, rng):
         dense = np.clip(edge / 4, 0, 1) * same_side
         halo = np.clip((edge + 9) / 10, 0, 1) * same_side
         _add(scene, halo, 200 + 160 * severity)
-        _mix(
-            scene,
-            dense * np.clip(0.80 + 0.16 * grain + 0.2 * severity, 0.5, 1),
-            rng.uniform(5, 45) + 0.12 * scene.patient.contrast,
-        )
-        _air_bronchograms(scene, dense, at, side, rng)
+        value = rng.uniform(5, 45) + 0.12 * scene.patient.contrast
+        _mix(scene, dense * np.clip(0.80 + 0.16 * grain + 0.2 * severity, 0.5, 1), value)
+        # Air bronchograms: the airways stay open in the dense lung.
+        start = at + (hilum - at) * 0.45
+        ends = at + rng.normal(0, 11, (14, 2)) + (at - hilum) * 0.12
+        tree = grow_tree(rng, np.array([*start, 0.0]), np.column_stack([ends, rng.normal(0, 2.5, 14)]), 0.75, 0.30)
+        points, radius, slope, _ = tree.sample(rng, 0.6)
+        _mix(scene, grid.tubes(points, radius, slope) * np.clip(dense * 1.5 - 0.2, 0, 1), -900.0)
         return "consolidation with air bronchograms", (halo > 0.4) & (scene.lung > 0.5)
     if kind == 1:  # patchy ground glass in several lobules
         field = np.zeros_like(scene.hu)
@@ -328,11 +305,8 @@ def _pneumonia(scene: Scene, severity: float, rng):
         _add(scene, field * (0.85 + 0.2 * grain), 190 + 220 * severity)
         return "patchy ground glass", (field > 0.4) & (scene.lung > 0.5)
     # Tree-in-bud: short branching twigs with buds around the ends of the airways.
-    field = np.zeros_like(scene.hu)
-    n = int(14 + 34 * severity)
-    mask = np.zeros_like(scene.hu)
-    hilum = scene.hilum[0 if side < 0 else 1]
-    for k in range(n):
+    field, mask = np.zeros_like(scene.hu), np.zeros_like(scene.hu)
+    for k in range(int(14 + 34 * severity)):
         spot = at + rng.normal(0, size * 0.6, 2)
         way = spot - hilum
         ends = spot + rng.normal(0, 2.2, (4, 2)) + 4.5 * way / max(np.linalg.norm(way), 1)
@@ -340,7 +314,7 @@ def _pneumonia(scene: Scene, severity: float, rng):
         points, radius, slope, _ = tree.sample(rng, 0.6)
         buds = np.column_stack([ends, np.zeros(4)])
         points, radius = np.vstack([points, buds]), np.concatenate([radius, rng.uniform(0.8, 1.6, 4)])
-        field = np.maximum(field, stamp_tubes(grid, points, radius, np.append(slope, np.full(4, 0.5))))
+        field = np.maximum(field, grid.tubes(points, radius, np.append(slope, np.full(4, 0.5))))
         if k == 0 and severity > 0.25:
             patch = np.clip((size * 0.75 - far + 7 * clouds + 3 * grain) / 7, 0, 1) * same_side
             _add(scene, patch, 120 + 180 * severity)
@@ -348,17 +322,6 @@ def _pneumonia(scene: Scene, severity: float, rng):
     field *= same_side
     _mix(scene, field * (0.55 + 0.2 * severity), 0.0)
     return "tree-in-bud", ((ndimage.gaussian_filter(field, 2 / grid.pixel) > 0.12) | (mask > 0.5)) & (scene.lung > 0.5)
-
-
-def _air_bronchograms(scene: Scene, dense, at, side, rng) -> None:
-    grid = scene.grid
-    hilum = scene.hilum[0 if side < 0 else 1]
-    start = at + (hilum - at) * 0.45
-    ends = at + rng.normal(0, 11, (14, 2)) + (at - hilum) * 0.12
-    tree = grow_tree(rng, np.array([*start, 0.0]), np.column_stack([ends, rng.normal(0, 2.5, 14)]), 0.75, 0.30)
-    points, radius, slope, _ = tree.sample(rng, 0.6)
-    air = stamp_tubes(grid, points, radius, slope)
-    _mix(scene, air * np.clip(dense * 1.5 - 0.2, 0, 1), -900.0)
 
 
 def _pneumothorax(scene: Scene, severity: float, rng):
@@ -377,28 +340,22 @@ def _pneumothorax(scene: Scene, severity: float, rng):
     up = -dy / far
     out = side * dx / far
     tilt = rng.uniform(0.15, 0.75)
-    reach = np.clip(0.15 + 0.75 * up + tilt * out, 0, 1.2) + 0.10 * soft_field(rng, grid, 60)
+    reach = np.clip(0.15 + 0.75 * up + tilt * out, 0, 1.2) + 0.10 * grid.field(rng, 60)
     width = (thick * np.clip(reach, 0, 1.2)).astype(np.float32)
     if thick > 17:
         _shift_mediastinum(scene, -side * min(14.0, 0.9 * (thick - 15)))
-    own = ((mask_of(grid, contour) > 0.5) & (scene.lung > 0.02)).astype(np.float32)
+    own = ((grid.mask(contour) > 0.5) & (scene.lung > 0.02)).astype(np.float32)
     if own.sum() < 50:
-        return "", np.zeros(scene.hu.shape, dtype=bool)
+        return None
     depth = np.where(own > 0, scene.wall, 99)
     gas = np.clip((width - depth) / (0.8 * grid.pixel) + 0.5, 0, 1) * (width > 1.0)
 
     # Press the lung: a point at the new edge shows what lay at the chest wall.
-    rows = np.nonzero(own.any(1))[0]
-    cols = np.nonzero(own.any(0))[0]
-    win = (slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1))
+    win = window_of(own)
     edge = far + scene.wall  # about where the wall stands along this ray
     share = np.clip(far / np.maximum(edge - width, 1), 0, 1)
     push = (width * share)[win]
-    px, py = dx[win] / far[win], dy[win] / far[win]
-    c, s = np.cos(grid.angle), np.sin(grid.angle)
-    col = np.arange(cols[0], cols[-1] + 1)[None, :] + push * (c * px - s * py) / grid.pixel
-    row = np.arange(rows[0], rows[-1] + 1)[:, None] + push * (s * px + c * py) / grid.pixel
-    pressed = ndimage.map_coordinates(scene.hu, [row, col], order=1, mode="nearest")
+    pressed = _pushed(scene.hu, grid, win, push * dx[win] / far[win], push * dy[win] / far[win])
     ok = own[win] * (1 - gas[win])
     # Where the pressed picture would show the chest wall, keep the lung's own density.
     plain = np.minimum(pressed, np.where(share[win] > 0.93, scene.patient.lung + 60, 3000))
@@ -414,17 +371,9 @@ def _pneumothorax(scene: Scene, severity: float, rng):
 
 def _shift_mediastinum(scene: Scene, way: float) -> None:
     """Move heart, great vessels and airways by `way` mm to the side; spine and chest wall stay."""
-    grid = scene.grid
-    rows, cols = np.nonzero(scene.wall.any(1))[0], np.nonzero(scene.wall.any(0))[0]
-    win = (slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1))
+    win = window_of(scene.wall)
     x, y = scene.x[win], scene.y[win]
     front = scene.hilum[:, 1].mean() + 0.12 * scene.patient.half_depth  # the spine begins behind this
     share = np.clip(scene.wall[win] / 25, 0, 1) * np.exp(-((x / 60) ** 2)) * np.clip((front - y) / 15 + 0.5, 0, 1)
-    push = way * share / grid.pixel
-    c, s = np.cos(grid.angle), np.sin(grid.angle)
-    at = [
-        np.arange(rows[0], rows[-1] + 1)[:, None] - push * s,
-        np.arange(cols[0], cols[-1] + 1)[None, :] - push * c,
-    ]
     for picture in (scene.hu, scene.lung):
-        picture[win] = ndimage.map_coordinates(picture, at, order=1, mode="nearest")
+        picture[win] = _pushed(picture, scene.grid, win, -way * share, 0 * share)

@@ -27,12 +27,100 @@ class Grid:
         turned = np.stack([c * x - s * y + self.shift[0], s * x + c * y + self.shift[1]], axis=-1)
         return turned / self.pixel + (self.size - 1) / 2
 
+    def nearest(self, point: np.ndarray) -> tuple[int, int]:
+        """Return the row and the column of the pixel nearest to a patient point (2,) in mm; it may lie outside."""
+        col, row = np.round(self.to_pixels(point)).astype(int)
+        return row, col
+
     def coordinates(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the patient's x and y of every pixel, float32 (size, size) each."""
         line = (np.arange(self.size, dtype=np.float32) - (self.size - 1) / 2) * self.pixel
         px, py = line[None, :] - self.shift[0], line[:, None] - self.shift[1]
         c, s = np.float32(np.cos(self.angle)), np.float32(np.sin(self.angle))
         return c * px + s * py, -s * px + c * py
+
+    def coverage(self, contour: np.ndarray):
+        """Return (window, share): which part of each pixel a closed contour (N, 2) in mm covers.
+
+        window is a pair of slices into the picture, share float32 in [0, 1]; both empty when it misses the picture.
+        """
+        p = self.to_pixels(contour)
+        x0, y0 = np.maximum(np.floor(p.min(0)).astype(int) - 1, 0)
+        x1, y1 = np.minimum(np.ceil(p.max(0)).astype(int) + 2, self.size)
+        if x1 <= x0 or y1 <= y0:
+            return (slice(0, 0), slice(0, 0)), np.zeros((0, 0), dtype=np.float32)
+        fine = 4 if self.size >= 256 else 8  # sub-pixels a side: smooth edges, exact partial volume in the plane
+        canvas = Image.new("L", ((x1 - x0) * fine, (y1 - y0) * fine), 0)
+        inside = (p - (x0, y0) + 0.5) * fine - 0.5
+        ImageDraw.Draw(canvas).polygon([tuple(q) for q in inside.tolist()], fill=255)
+        share = np.asarray(canvas.reduce(fine), dtype=np.float32) / 255
+        return (slice(y0, y1), slice(x0, x1)), share
+
+    def paint(self, hu: np.ndarray, contour: np.ndarray, value) -> None:
+        """Fill a closed contour (N, 2) in mm with `value` HU (a number, or an array of the picture's shape)."""
+        fill(hu, *self.coverage(contour), value)
+
+    def mask(self, contour: np.ndarray) -> np.ndarray:
+        """Return the coverage of a contour as a whole picture, float32 (size, size)."""
+        full = np.zeros((self.size, self.size), dtype=np.float32)
+        window, share = self.coverage(contour)
+        full[window] = share
+        return full
+
+    def distance(self, mask: np.ndarray) -> np.ndarray:
+        """Return the distance in mm from each pixel inside `mask` to its edge, 0 outside, float32."""
+        step = max(1, self.size // 256)  # half resolution is enough: it only steers soft transitions
+        near = ndimage.distance_transform_edt(mask[::step, ::step] > 0.5).astype(np.float32)
+        near *= self.pixel * step
+        return np.asarray(Image.fromarray(near).resize((self.size, self.size), Image.Resampling.BILINEAR))
+
+    def field(self, rng: np.random.Generator, scale: float) -> np.ndarray:
+        """Return smooth noise, mean 0 and sd 1, whose bumps are about `scale` mm wide, float32 (size, size).
+
+        A cubic B-spline over a coarse random lattice, as two sparse matrix products: cheap at any smoothness, and the
+        same on any number of threads.
+        """
+        n = max(4, round(self.size * self.pixel / scale) + 3)
+        values = rng.standard_normal((n, n))
+        at = np.linspace(0, n - 3 - 1e-6, self.size)
+        left, t = at.astype(int), at % 1
+        weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1) / 6
+        columns = left[:, None] + np.arange(4)
+        basis = sparse.csr_array((weights.ravel(), columns.ravel(), np.arange(0, 4 * self.size + 1, 4)), (self.size, n))
+        return (basis @ (basis @ values.T).T * 2.1).astype(np.float32)  # 2.1 undoes what the spline smooths away
+
+    def tubes(self, points: np.ndarray, radius, slope) -> np.ndarray:
+        """Return which share of each pixel's slab short pieces of tube fill, float32 (size, size).
+
+        Args:
+            points: (N, 3) mm, sampled densely along the tubes; (N, 2) lie at z = 0, the middle of the slab.
+            radius: (N,) or a number, mm.
+            slope: (N,) or a number, the share of the tube's direction that lies in the plane, 0 (end-on) to 1.
+        """
+        if points.shape[1] == 2:
+            points = np.column_stack([points, np.zeros(len(points))])
+        radius, slope = (np.broadcast_to(v, len(points)) for v in (radius, slope))
+        out = np.zeros(self.size * self.size, dtype=np.float32)
+        half = self.thickness / 2
+        seen = np.abs(points[:, 2]) < half + radius
+        points, radius, slope = points[seen], radius[seen], np.maximum(slope[seen], 0.2)
+        at = self.to_pixels(points[:, :2])
+        reach = np.ceil(radius / self.pixel + 0.5).astype(int)
+        soft = 0.35 * self.pixel  # half the pixel: its own partial volume in the plane
+        for h in np.unique(reach):
+            some = reach == h
+            p, r, z = at[some], radius[some, None].astype(np.float32), points[some, 2, None].astype(np.float32)
+            offsets = np.arange(-h, h + 1)
+            dy, dx = (o.ravel() for o in np.meshgrid(offsets, offsets, indexing="ij"))
+            corner = np.round(p).astype(int)
+            x, y = corner[:, :1] + dx, corner[:, 1:] + dy
+            d2 = ((x - p[:, :1]) ** 2 + (y - p[:, 1:]) ** 2).astype(np.float32) * self.pixel**2
+            chord = np.sqrt(np.maximum((r + soft) ** 2 - d2, 0)) * (r / (r + soft)) / slope[some, None]
+            filled = np.minimum(z + chord, half) - np.maximum(z - chord, -half)
+            share = np.clip(filled / self.thickness, 0, 1).astype(np.float32)
+            ok = (x >= 0) & (x < self.size) & (y >= 0) & (y < self.size) & (share > 0)
+            np.maximum.at(out, y[ok] * self.size + x[ok], share[ok])
+        return out.reshape(self.size, self.size)
 
 
 def smooth_contour(points: np.ndarray, per_point: int = 12, closed: bool = True) -> np.ndarray:
@@ -70,97 +158,16 @@ def band(path: np.ndarray, half_width: np.ndarray | float) -> np.ndarray:
     return np.vstack([path + normal * w, (path - normal * w)[::-1]])
 
 
-def coverage(grid: Grid, contour: np.ndarray):
-    """Return (window, share): which part of each pixel a closed contour (N, 2) in mm covers.
-
-    window is a pair of slices into the picture, share float32 in [0, 1]; None when it misses the picture.
-    """
-    p = grid.to_pixels(contour)
-    x0, y0 = np.maximum(np.floor(p.min(0)).astype(int) - 1, 0)
-    x1, y1 = np.minimum(np.ceil(p.max(0)).astype(int) + 2, grid.size)
-    if x1 <= x0 or y1 <= y0:
-        return None
-    fine = 4 if grid.size >= 256 else 8  # sub-pixels a side: smooth edges, exact partial volume in the plane
-    canvas = Image.new("L", ((x1 - x0) * fine, (y1 - y0) * fine), 0)
-    inside = (p - (x0, y0) + 0.5) * fine - 0.5
-    ImageDraw.Draw(canvas).polygon([tuple(q) for q in inside.tolist()], fill=255)
-    share = np.asarray(canvas.reduce(fine), dtype=np.float32) / 255
-    return (slice(y0, y1), slice(x0, x1)), share
+def fill(picture: np.ndarray, window: tuple[slice, slice], share: np.ndarray, value) -> None:
+    """Mix `value`, a number or a whole picture, into a window of a picture, by its share of each pixel there."""
+    value = value[window] if isinstance(value, np.ndarray) else value
+    picture[window] += share * (value - picture[window])
 
 
-def paint(hu: np.ndarray, grid: Grid, contour: np.ndarray, value) -> None:
-    """Fill a closed contour (N, 2) in mm with `value` HU (a number, or an array of the picture's shape)."""
-    found = coverage(grid, contour)
-    if found is not None:
-        window, share = found
-        if isinstance(value, np.ndarray):
-            value = value[window]
-        hu[window] += share * (value - hu[window])
-
-
-def mask_of(grid: Grid, contour: np.ndarray) -> np.ndarray:
-    """Return the coverage of a contour as a whole picture, float32 (size, size)."""
-    full = np.zeros((grid.size, grid.size), dtype=np.float32)
-    found = coverage(grid, contour)
-    if found is not None:
-        full[found[0]] = found[1]
-    return full
-
-
-def distance_inside(grid: Grid, mask: np.ndarray) -> np.ndarray:
-    """Return the distance in mm from each pixel inside `mask` to its edge, 0 outside, float32."""
-    step = max(1, grid.size // 256)  # half resolution is enough: it only steers soft transitions
-    near = ndimage.distance_transform_edt(mask[::step, ::step] > 0.5).astype(np.float32)
-    near *= grid.pixel * step
-    return np.asarray(Image.fromarray(near).resize((grid.size, grid.size), Image.Resampling.BILINEAR))
-
-
-def soft_field(rng: np.random.Generator, grid: Grid, scale: float) -> np.ndarray:
-    """Return smooth noise, mean 0 and sd 1, whose bumps are about `scale` mm wide, float32 (size, size).
-
-    A cubic B-spline over a coarse random lattice, as two sparse matrix products: cheap at any smoothness, and the
-    same on any number of threads.
-    """
-    n = max(4, round(grid.size * grid.pixel / scale) + 3)
-    values = rng.standard_normal((n, n))
-    at = np.linspace(0, n - 3 - 1e-6, grid.size)
-    left, t = at.astype(int), at % 1
-    weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1) / 6
-    columns = left[:, None] + np.arange(4)
-    basis = sparse.csr_array((weights.ravel(), columns.ravel(), np.arange(0, 4 * grid.size + 1, 4)), (grid.size, n))
-    return (basis @ (basis @ values.T).T * 2.1).astype(np.float32)  # 2.1 undoes what the spline smooths away
-
-
-def stamp_tubes(grid: Grid, points: np.ndarray, radius: np.ndarray, slope: np.ndarray) -> np.ndarray:
-    """Return which share of each pixel's slab short pieces of tube fill, float32 (size, size).
-
-    Args:
-        grid: the pixels; its thickness is the slab's.
-        points: (N, 3) mm, sampled densely along the tubes; z = 0 is the middle of the slab.
-        radius: (N,) mm.
-        slope: (N,) share of the tube's direction that lies in the plane, 0 (end-on) to 1.
-    """
-    out = np.zeros(grid.size * grid.size, dtype=np.float32)
-    half = grid.thickness / 2
-    seen = np.abs(points[:, 2]) < half + radius
-    points, radius, slope = points[seen], radius[seen], np.maximum(slope[seen], 0.2)
-    at = grid.to_pixels(points[:, :2])
-    reach = np.ceil(radius / grid.pixel + 0.5).astype(int)
-    soft = 0.35 * grid.pixel  # half the pixel: its own partial volume in the plane
-    for h in np.unique(reach):
-        some = reach == h
-        p, r, z = at[some], radius[some, None].astype(np.float32), points[some, 2, None].astype(np.float32)
-        offsets = np.arange(-h, h + 1)
-        dy, dx = (o.ravel() for o in np.meshgrid(offsets, offsets, indexing="ij"))
-        corner = np.round(p).astype(int)
-        x, y = corner[:, :1] + dx, corner[:, 1:] + dy
-        d2 = ((x - p[:, :1]) ** 2 + (y - p[:, 1:]) ** 2).astype(np.float32) * grid.pixel**2
-        chord = np.sqrt(np.maximum((r + soft) ** 2 - d2, 0)) * (r / (r + soft)) / slope[some, None]
-        filled = np.minimum(z + chord, half) - np.maximum(z - chord, -half)
-        share = np.clip(filled / grid.thickness, 0, 1).astype(np.float32)
-        ok = (x >= 0) & (x < grid.size) & (y >= 0) & (y < grid.size) & (share > 0)
-        np.maximum.at(out, y[ok] * grid.size + x[ok], share[ok])
-    return out.reshape(grid.size, grid.size)
+def window_of(mask: np.ndarray) -> tuple[slice, slice] | None:
+    """Return the smallest window (rows, columns) that holds all of a mask (H, W), None when the mask is empty."""
+    rows, cols = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
+    return (slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1)) if len(rows) else None
 
 
 @dataclass
