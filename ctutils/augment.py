@@ -1,21 +1,15 @@
 """What a training epoch holds: random changes of the pictures, and what to do about rare classes."""
 
 import dataclasses
-import math
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch.nn import functional
+from torch.utils.data import BatchSampler, DataLoader, WeightedRandomSampler
 
 from ctutils.base import CTError
 from ctutils.data import SliceFolder
-
-if TYPE_CHECKING:
-    import torch
-    from torch.utils.data import DataLoader
-
-GEOMETRIC = ("rotate", "zoom", "shift", "flip")
-AUGMENTATIONS = (*GEOMETRIC, "blur", "noise", "jitter", "randaugment")
-BALANCES = ("none", "loss", "sampler")
+from ctutils.plan import AUGMENTATIONS, GEOMETRIC
 
 
 def build_augment(names: tuple[str, ...] = ()):
@@ -57,24 +51,19 @@ def build_augment(names: tuple[str, ...] = ()):
     return augment
 
 
-def _draw(count: int, low: float, high: float) -> "torch.Tensor":
+def _draw(count: int, low: float, high: float) -> torch.Tensor:
     """Draw one number a picture, float (count,), on the CPU: the same draws on every device."""
-    import torch
-
     return torch.rand(count) * (high - low) + low
 
 
 def _move(pixels, names):
     """Rotate, zoom, shift and flip in one resampling."""
-    import torch
-    from torch.nn import functional
-
     count = len(pixels)
 
     def draw(name: str, low: float, high: float):
         return _draw(count, low, high) if name in names else torch.full((count,), (low + high) / 2)
 
-    angle = draw("rotate", -10, 10) * (math.pi / 180)
+    angle = torch.deg2rad(draw("rotate", -10, 10))
     scale = draw("zoom", 0.9, 1.1)
     x, y = draw("shift", -0.1, 0.1), draw("shift", -0.1, 0.1)  # the grid runs from -1 to 1
     mirror = torch.where(torch.rand(count) < 0.5, -1.0, 1.0) if "flip" in names else torch.ones(count)
@@ -87,9 +76,6 @@ def _move(pixels, names):
 
 def _blur(pixels, _names):
     """Blur each picture with a Gaussian of its own: rows, then columns, one group of the convolution a picture."""
-    import torch
-    from torch.nn import functional
-
     count, reach = len(pixels), 4
     sigma = _draw(count, 0, 1.5).clamp(min=1e-3)[:, None]
     steps = torch.arange(-reach, reach + 1)[None]
@@ -100,8 +86,6 @@ def _blur(pixels, _names):
 
 
 def _noise(pixels, _names):
-    import torch
-
     sigma = _draw(len(pixels), 0, 8).view(-1, 1, 1, 1).to(pixels.device, non_blocking=True)
     return pixels + sigma * torch.randn(pixels.shape, device=pixels.device)
 
@@ -115,7 +99,6 @@ def _jitter(pixels, _names):
 
 def _randaugment(images):
     """Apply torchvision's RandAugment picture by picture, since it makes one draw for all that it is given."""
-    import torch
     from torchvision.transforms import v2
 
     air = images[:, 0, 0, 0].tolist()
@@ -141,15 +124,12 @@ def make_imbalanced(folder: SliceFolder, ratio: float | None, seed: int = 0) -> 
     if not ratio >= 1:
         raise CTError(f"an imbalance of {ratio}", "1 or more", "10 makes the rarest class ten times rarer")
     rng = np.random.default_rng(seed)
-    rows, labels = folder.rows("train"), folder.labels
-    of_class = [rows[labels[rows] == k] for k in range(len(folder.classes))]
-    smallest = min(len(found) for found in of_class)
-    kept = []
-    for k, found in enumerate(of_class):
+    slices, rows = folder.slices.copy(), folder.rows("train")
+    labels = folder.labels[rows]
+    smallest = np.bincount(labels).min()
+    for k in range(len(folder.classes)):
         count = max(2, round(smallest * ratio ** (-k / (len(folder.classes) - 1))))
-        kept.append(rng.permutation(found)[:count])
-    slices = folder.slices.copy()
-    slices.loc[np.setdiff1d(rows, np.concatenate(kept)), "split"] = "left out"
+        slices.loc[rng.permutation(rows[labels == k])[count:], "split"] = "left out"
     return dataclasses.replace(folder, slices=slices)
 
 
@@ -164,7 +144,7 @@ def class_weights(labels: np.ndarray, classes: int) -> np.ndarray:
     return (len(labels) / (classes * np.maximum(counts, 1))).astype(np.float32)
 
 
-def balanced_loader(dataset, labels: np.ndarray, batch_size: int) -> "DataLoader":
+def balanced_loader(dataset, labels: np.ndarray, batch_size: int) -> DataLoader:
     """Return a loader that draws every class equally often, with replacement; an epoch has as many slices as before.
 
     Args:
@@ -172,9 +152,6 @@ def balanced_loader(dataset, labels: np.ndarray, batch_size: int) -> "DataLoader
         labels: int (N,), of its examples.
     Source: notebook 10.
     """
-    import torch
-    from torch.utils.data import BatchSampler, DataLoader, WeightedRandomSampler
-
     weight = class_weights(labels, int(labels.max()) + 1)[labels]
     order = WeightedRandomSampler(torch.from_numpy(weight).double(), len(labels))
     return DataLoader(dataset, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None)

@@ -1,36 +1,17 @@
 """What every module shares: one kind of user error, atomic writes, a progress bar."""
 
 import contextlib
-import ctypes
 import errno
-import functools
 import hashlib
 import json
 import os
-import platform
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# torchvision's normalisation of (R, G, B) in [0, 1].
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-# One row an epoch: what `train_model` returns and history.csv holds.
-HISTORY_COLUMNS = (
-    "epoch",
-    "train_loss",
-    "train_accuracy",
-    "train_macro_f1",
-    "val_loss",
-    "val_accuracy",
-    "val_macro_f1",
-    "lr",
-    "seconds",
-)
-
 
 class CTError(ValueError):
-    """A mistake that a user can mend: one message that says found, expected and how to mend.
+    """A mistake that a user can mend: one printable message that says found, expected and how to mend.
 
     Args:
         found: what was found, with the path or value.
@@ -43,7 +24,9 @@ class CTError(ValueError):
 
     def __init__(self, found: str, expected: str, mend: str):
         self.found, self.expected, self.mend = found, expected, mend
-        super().__init__(f"Found {found}. Expected {expected}. To mend: {mend}.")
+        text = f"Found {found}. Expected {expected}. To mend: {mend}."
+        # A file's name may hold a line break, or bytes that are not UTF-8, which no terminal can show.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
     def __reduce__(self):  # so that it travels back from a worker process
         return type(self), (self.found, self.expected, self.mend)
@@ -57,7 +40,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     removed and an older file at `path` stays as it was.
 
     Raises:
-        CTError: the disk is full, or the folder may not be written.
+        CTError: the disk is full. What else the system refuses comes as its own OSError.
     """
     path = Path(path)
     temporary = None
@@ -71,20 +54,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # torch.save raises a RuntimeError of its own while it handles the OSError of a full disk.
-        number = getattr(error if isinstance(error, OSError) else error.__context__, "errno", None)
-        if number in (errno.ENOSPC, errno.EDQUOT):
-            raise CTError(
-                f"a full disk while writing '{path.name}'",
-                f"room in '{path.parent}'",
-                "free some space and run the same command again; nothing was overwritten",
-            ) from error
-        if temporary is None and number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise CTError(
-                f"the folder '{path.parent}' that may not be written",
-                "a folder of your own",
-                "choose another folder, or ask for the right to write there",
-            ) from error
-        raise
+        cause = error if isinstance(error, OSError) else error.__context__
+        if getattr(cause, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        found, expected = f"a full disk while writing '{path.name}'", f"room in '{path.parent}'"
+        raise CTError(found, expected, "free some space and run it again; nothing was overwritten") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -100,19 +74,17 @@ def read_json(path: str | Path) -> dict:
     """Read a JSON object.
 
     Raises:
-        CTError: the file is missing, or does not hold one JSON object.
+        CTError: the file cannot be read, or does not hold one JSON object.
     """
-    path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CTError(f"no file '{path}'", "a JSON file", "check the path") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CTError(
-            f"'{path}', which is not JSON ({error})", "one JSON object", "delete it and make it again"
-        ) from error
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False).encode()  # half a surrogate pair can stand in no table
+    except OSError as error:
+        raise CTError(f"no file '{path}' to read ({error.strerror})", "a JSON file", "check the path") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5,000 digits, nested too deep
+        raise CTError(f"'{path}', which is not JSON ({error})", "one JSON object", "make it again") from error
     if not isinstance(content, dict):
-        raise CTError(f"'{path}' with a {type(content).__name__}", "one JSON object", "delete it and make it again")
+        raise CTError(f"'{path}' with a {type(content).__name__}", "one JSON object", "make it again")
     return content
 
 
@@ -127,41 +99,3 @@ def progress(iterable=None, **options):
     from tqdm.auto import tqdm
 
     return tqdm(iterable, disable=os.environ.get("CT_PROGRESS") == "0", **options)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that the memory, of the GPU or of the machine, is full."""
-    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's, without torch
-    return full or "can't allocate memory" in str(error).lower()
-
-
-def replace_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Replace, in a UTF-8 file, what stands between two lines that mark it.
-
-    Raises:
-        CTError: one of the marks is missing.
-    """
-    before, first, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, last, after = rest.partition(end)
-    if not first or not last:
-        raise CTError(f"no '{end if first else begin}' in '{path.name}'", "both marks", "put them back")
-    with atomic_path(path) as temporary:
-        temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
-
-
-@functools.cache
-def reuse_large_blocks() -> None:
-    """Ask glibc to keep large freed blocks instead of giving each back to the system.
-
-    Otherwise every activation of every batch is mapped afresh, and its page faults cost up to half the time.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
-    if not mallopt(mmap_threshold, 1 << 30):  # an older glibc refuses more than 32 MB
-        mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 1 << 30)

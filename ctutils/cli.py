@@ -1,7 +1,8 @@
-"""`python -m ctutils`: the notebooks' steps without a notebook."""
+"""`python -m ctutils`, or `ctutils`: the notebooks' steps without a notebook."""
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -9,24 +10,24 @@ import time
 from pathlib import Path
 
 from ctutils.base import CTError
+from ctutils.plan import Plan
 
 # Each command imports what it needs, so that --help answers at once.
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return 0 on success, 1 when a check failed, 2 on a user's error, 130 after Ctrl-C."""
-    options = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):  # names may hold what a terminal's encoding cannot show
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="backslashreplace")
+    argv = sys.argv[1:] if argv is None else argv
+    options = _parser().parse_args(argv or ["--help"])
     # Before torch is loaded: waiting threads that spin cost several times the work when a core is busy elsewhere.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if options.json:
         os.environ.setdefault("CT_PROGRESS", "0")
     try:
         return options.command(options)
-    except CTError as error:
-        if options.json:
-            print(json.dumps({"error": str(error)}, ensure_ascii=False))
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("Stopped. The same command goes on where it can.", file=sys.stderr)
         return 130
@@ -34,13 +35,28 @@ def main(argv: list[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        # What the system refuses (long names, NUL, links in a circle, huge files) is a user's error, too.
+        refused = isinstance(error, (CTError, OSError, RecursionError, MemoryError, UnicodeError))
+        signs = ("null byte", "null character", "symlink loop", "can't allocate memory")
+        refused = refused or any(sign in str(error).lower() for sign in signs)
+        refused = refused or type(error).__name__ == "OutOfMemoryError"  # torch's, without torch
+        if os.environ.get("CT_DEBUG") == "1" or not refused:
+            raise
+        text = str(error)
+        if not isinstance(error, CTError):
+            why = f"{type(error).__name__}: {text or 'no details'}"
+            mend = "check paths and files; CT_DEBUG=1 shows where it happened"
+            text = str(CTError(why, "input that the system accepts", mend))
+        if options.json:
+            print(json.dumps({"error": text}, ensure_ascii=False))
+        print(f"Error: {text}", file=sys.stderr)
+        return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m ctutils",
-        description="Transfer learning on chest CT slices. Not for clinical use.",
-    )
+    about = "Transfer learning on chest CT slices. Not for clinical use."
+    parser = argparse.ArgumentParser(prog="ctutils", description=about)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, function, text: str) -> argparse.ArgumentParser:
@@ -66,59 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     imp.add_argument("src", type=Path)
     imp.add_argument("out", type=Path)
     imp.add_argument("--format", choices=("aihub", "dicom", "folder"), help="default: found by looking")
-    imp.add_argument(
-        "--window",
-        type=float,
-        nargs=2,
-        default=(-600, 1500),
-        metavar=("LEVEL", "WIDTH"),
-        help="DICOM window in HU (default: lung, -600 1500)",
-    )
+    window = {"type": float, "nargs": 2, "default": (-600, 1500), "metavar": ("LEVEL", "WIDTH")}
+    imp.add_argument("--window", **window, help="DICOM window in HU (default: lung, -600 1500)")
 
     train = add("train", _train, "train a backbone's new head (or all of it) and write a run record")
-    train.add_argument("data", type=Path, nargs="?", help="data set folder (default: CT_DATA, else synthetic)")
-    train.add_argument("--backbone", default="efficientnet_lite0")
-    train.add_argument("--epochs", type=int, help="default: the profile's, 10")
-    train.add_argument("--weights", help="auto, imagenet, random or a folder of weight files (default: CT_WEIGHTS)")
-    train.add_argument("--out", type=Path, help="run record to write (default: data/runs/<profile>/<backbone>)")
-    train.add_argument("--optimizer", default="adam", help="adam, adamw, sgd or rmsprop")
-    train.add_argument("--lr", type=_rate, default=1e-3, help="learning rate, or range: by an LR range test")
-    train.add_argument("--scheduler", default="step", help="step (the deck's), cosine, onecycle or none")
-    train.add_argument("--patience", type=int, help="stop after so many epochs without a better validation score")
-    train.add_argument("--batch-size", type=int)
-    train.add_argument("--at-once", type=int, help="slices in memory at a time; the batch size stays the same")
-    train.add_argument("--size", type=int, help="pixels a side at the network's input (default 224)")
-    train.add_argument("--bn", choices=("auto", "frozen", "adapt", "drift", "train"), default="auto", help=BN_HELP)
+    for field in dataclasses.fields(Plan):
+        _add_option(train, field)
     train.add_argument(
-        "--no-standardise",
-        dest="standardise",
-        action="store_false",
-        help="leave the frozen features as they are (the deck's way) instead of scaling them to mean 0, sd 1",
+        "--out", type=Path, help="run record to write (default: data/runs/<profile>[-<data>]/<backbone>)"
     )
-    train.add_argument(
-        "--unfreeze", dest="unfreeze", action="store_const", const="all", default="none", help="train every layer"
-    )
-    train.add_argument(
-        "--unfreeze-last", dest="unfreeze", action="store_const", const="last", help="train the last block and the head"
-    )
-    train.add_argument(
-        "--discriminative",
-        type=float,
-        default=1.0,
-        metavar="SHARE",
-        help="rate of the last block as a share of the head's; earlier layers get its square",
-    )
-    train.add_argument(
-        "--augment",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="of rotate, zoom, shift, flip, blur, noise, jitter, randaugment; each picture anew",
-    )
-    train.add_argument("--views", type=int, default=0, help="cache the features of so many changed copies instead")
-    train.add_argument("--balance", default="none", help="rare classes: none, loss (weights) or sampler")
-    train.add_argument("--precision", default="auto", help="of the frozen pass: auto, float32 or bfloat16")
-    train.add_argument("--seed", type=int, default=0)
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same name")
 
     sweep = add("sweep", _sweep, "run a plan of many runs; skips what is done")
@@ -135,17 +107,40 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--weights", default="auto", help="where the backbone's weights are, as for train")
 
     results = add("results", _results, "the table of all run records")
-    results.add_argument("runs", type=Path, nargs="?", help="folder of records (default: data/runs/<profile>)")
+    results.add_argument(
+        "runs", type=Path, nargs="?", help="folder of records (default: data/runs/<profile>[-<CT_DATA>])"
+    )
     results.add_argument("--markdown", action="store_true", help="print the README's table")
     results.add_argument("--card", type=Path, metavar="RUN", help="print a record's model card (Markdown)")
     return parser
 
 
-BN_HELP = (
-    "BatchNorm: frozen; adapt (statistics estimated anew on the training slices, then frozen); drift (the deck's "
-    "model.train() with a frozen backbone); train (learns with --unfreeze); auto: train with --unfreeze, else "
-    "adapt for random weights and frozen for real ones"
-)
+def _add_option(command: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    """Make a command-line option from a field of `Plan`."""
+    about, flag = field.metadata, "--" + field.name.replace("_", "-")
+    text, kind = about["help"], about["kind"]
+    if field.name == "data":
+        command.add_argument("data", type=Path, nargs="?", help=text)
+    elif "flags" in about:
+        command.set_defaults(**{field.name: field.default})
+        for name, (value, explained) in about["flags"].items():
+            command.add_argument(name, dest=field.name, action="store_const", const=value, help=explained)
+    elif kind is bool:
+        command.add_argument(f"--no-{field.name}", dest=field.name, action="store_false", help=text)
+    elif kind is tuple:
+        text += f": of {', '.join(about['of'])}"
+        command.add_argument(flag, nargs="+", default=[], metavar="NAME", help=text)
+    else:
+        if "choices" in about:
+            text += f": {', '.join(about['choices'])}"
+
+        def convert(value: str):
+            return value if value in about.get("words", ()) else kind(value)
+
+        convert.__name__ = kind.__name__  # for argparse's message
+        command.add_argument(flag, type=convert, default=field.default, metavar=field.name.upper(), help=text)
+
+
 SWEEP_HELP = """\
 Run a plan of many runs: backbones x settings x seeds, from a TOML file (examples: notebooks/plans/).
 
@@ -159,10 +154,6 @@ As a job array, one run a task (Slurm; --list shows the indices; make the data s
 """
 
 
-def _rate(text: str) -> float | str:
-    return text if text == "range" else float(text)
-
-
 def _print(options: argparse.Namespace, content: dict, text: str) -> None:
     print(json.dumps(content, ensure_ascii=False) if options.json else text)
 
@@ -171,19 +162,11 @@ def _synth(options: argparse.Namespace) -> int:
     from ctutils.phantom import write_dataset
 
     start = time.perf_counter()
-    out = write_dataset(
-        options.out,
-        train=options.train,
-        val=options.val,
-        test=options.test,
-        seed=options.seed,
-        workers=options.workers,
-        shortcut=options.shortcut,
-    )
-    meta = json.loads((out / "dataset.json").read_text(encoding="utf-8"))
-    seconds = time.perf_counter() - start
-    content = {"out": str(out), "counts": meta["counts"], "seconds": round(seconds, 1)}
-    total = sum(sum(classes.values()) for classes in meta["counts"].values())
+    keys = ("train", "val", "test", "seed", "workers", "shortcut")
+    out = write_dataset(options.out, **{key: getattr(options, key) for key in keys})
+    counts = json.loads((out / "dataset.json").read_text(encoding="utf-8"))["counts"]
+    total, seconds = sum(sum(classes.values()) for classes in counts.values()), time.perf_counter() - start
+    content = {"out": str(out), "counts": counts, "seconds": round(seconds, 1)}
     _print(options, content, f"{total} synthetic slices in '{out}' ({seconds:.0f} s)")
     return 0
 
@@ -192,8 +175,7 @@ def _check(options: argparse.Namespace) -> int:
     from ctutils.audit import audit, clean_copy
 
     report = audit(options.data)
-    content = report.to_json()
-    text = report.to_text()
+    content, text = report.to_json(), report.to_text()
     if options.fix:
         out = clean_copy(options.data, options.fix, report)
         content["fixed"] = str(out)
@@ -205,76 +187,41 @@ def _check(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     from ctutils.importers import import_dataset
 
-    summary = import_dataset(
-        options.src,
-        options.out,
-        format=options.format,
-        window=tuple(options.window),
-        progress=not options.json,
-    )
-    lines = [f"{key}: {value}" for key, value in summary.items()]
-    _print(options, summary, "\n".join(lines))
+    given = {"format": options.format, "window": tuple(options.window), "progress": not options.json}
+    summary = import_dataset(options.src, options.out, **given)
+    _print(options, summary, "\n".join(f"{key}: {value}" for key, value in summary.items()))
     return 0
 
 
 def _train(options: argparse.Namespace) -> int:
     from ctutils.config import get_settings
-    from ctutils.pipeline import Plan, run_plan
+    from ctutils.experiment import run_plan
 
-    settings = get_settings()
-    plan = Plan(
-        backbone=options.backbone,
-        data=options.data,
-        epochs=options.epochs,
-        weights=options.weights,
-        optimizer=options.optimizer,
-        lr=options.lr,
-        scheduler=options.scheduler,
-        patience=options.patience,
-        batch_size=options.batch_size,
-        at_once=options.at_once,
-        size=options.size,
-        bn=options.bn,
-        standardise=options.standardise,
-        unfreeze=options.unfreeze,
-        discriminative=options.discriminative,
-        augment=tuple(options.augment),
-        views=options.views,
-        balance=options.balance,
-        precision=options.precision,
-        seed=options.seed,
-    )
-    out = options.out or settings.runs_dir / options.backbone
+    fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Plan)}
+    plan, settings = Plan(**fields), get_settings(options.data)
+    out = options.out or settings.runs_dir / plan.backbone
     say = (lambda text: None) if options.json else print
     run = run_plan(plan, settings, out, resume=options.resume, say=say)
     record = run.record
     val, test = record["scores"]["val"], record["scores"]["test"]
-    content = {
-        "run": str(out),
-        "backbone": record["backbone"],
-        "weights": record["weights"]["kind"],
-        "epochs": record["epochs"],
-        "best_epoch": record["best_epoch"],
-        "val_macro_f1": val["macro_f1"],
-        "test_macro_f1": test["macro_f1"],
-        "test_interval_95": [test["low"], test["high"]],
-        "test_per_class_f1": test["per_class"],
-        "test_from_val": record["data"]["test_from_val"],
-        "seconds": record["seconds"],
-        "interrupted": record.get("interrupted", False),
-    }
+    content = {"run": str(out), "backbone": run.plan.backbone, "weights": record["weights"]["kind"]}
+    content |= {"epochs": run.plan.epochs, "best_epoch": record["best_epoch"], "val_macro_f1": val["macro_f1"]}
+    content |= {"test_macro_f1": test["macro_f1"], "test_interval_95": [test["low"], test["high"]]}
+    content |= {"test_per_class_f1": test["per_class"], "test_from_val": record["data"]["test_from_val"]}
+    content |= {"seconds": record["seconds"], "interrupted": record["interrupted"]}
     half = " (half of the validation slices)" if record["data"]["test_from_val"] else ""
-    _print(
-        options,
-        content,
-        f"macro F1: validation {val['macro_f1']:.3f} (best epoch {record['best_epoch']} of {record['epochs']}), "
+    text = (
+        f"macro F1: validation {val['macro_f1']:.3f} (best epoch {record['best_epoch']} of {run.plan.epochs}), "
         f"test{half} {test['macro_f1']:.3f}, 95 % interval {test['low']:.3f} to {test['high']:.3f}\n"
-        f"weights: {record['weights']['kind']}; {record['seconds']['total']:.0f} s; record in '{out}'",
+        f"weights: {record['weights']['kind']}; {record['seconds']['total']:.0f} s; record in '{out}'"
     )
-    return 130 if content["interrupted"] else 0
+    _print(options, content, text)
+    return 130 if record["interrupted"] else 0
 
 
 def _sweep(options: argparse.Namespace) -> int:
+    from tqdm.auto import tqdm
+
     from ctutils.config import get_settings
     from ctutils.sweep import pack_runs, read_sweep, run_sweep, sweep_status
 
@@ -282,44 +229,33 @@ def _sweep(options: argparse.Namespace) -> int:
     sweep = read_sweep(options.plan, settings.profile)
     failed, seconds, packed = {}, 0.0, None
     if not options.list:
-        say = (lambda text: None) if options.json else _say_above_bar
+        say = (lambda text: None) if options.json else tqdm.write  # above the bar
         outcome = run_sweep(sweep, settings, index=options.index, keep_weights=options.keep_weights, say=say)
         failed, seconds = outcome.failed, outcome.seconds
-        if options.pack:
-            packed = pack_runs(sweep, settings, options.pack)
+        packed = str(pack_runs(sweep, settings, options.pack)) if options.pack else None
     table = sweep_status(sweep, settings)
-    content = {
-        "plan": sweep.name,
-        "folder": str(sweep.folder(settings)),
-        "runs": json.loads(table.to_json(orient="records")),
-        "failed": failed,
-        "seconds": round(seconds, 1),
-        "packed": str(packed.parent) if packed else None,
-    }
+    rows = json.loads(table.to_json(orient="records"))
+    content = {"plan": sweep.name, "folder": str(sweep.folder(settings)), "runs": rows}
+    content |= {"failed": failed, "seconds": round(seconds, 1), "packed": packed}
     lines = [f"{sweep.title} ({settings})", table.round(3).to_string(index=False, na_rep="")]
     lines += [f"failed: {name}: {message}" for name, message in failed.items()]
-    lines += [f"records without weights, and sweep.json, in '{packed.parent}'"] if packed else []
+    lines += [f"records without weights in '{packed}'"] if packed else []
     _print(options, content, "\n".join(lines))
     return 1 if failed else 0
 
 
-def _say_above_bar(text: str) -> None:
-    from tqdm.auto import tqdm
-
-    tqdm.write(text)
-
-
 def _predict(options: argparse.Namespace) -> int:
-    from ctutils.pipeline import predict_files
+    from ctutils.report import predict_files
     from ctutils.runs import load_run
 
-    run = load_run(options.run)
-    rows = predict_files(run, options.images, weights=options.weights)
-    lines = [
-        f"{row['image']}: {row['class']}  "
-        + "  ".join(f"{name} {value:.3f}" for name, value in row["probabilities"].items())
-        for row in rows
-    ]
+    rows = predict_files(load_run(options.run), options.images, weights=options.weights)
+    lines = []
+    for row in rows:
+        scores = "  ".join(f"{name} {value:.3f}" for name, value in row["probabilities"].items())
+        window = "  (DICOM window {:g} {:g} HU)".format(*row["window"]) if row["window"] else ""
+        lines.append(
+            f"{row['image']}: {row['class']}  {scores}{window}{'  (' + row['note'] + ')' if 'note' in row else ''}"
+        )
     _print(options, {"predictions": rows}, "\n".join([*lines, "Not for clinical use."]))
     return 0
 
@@ -333,7 +269,7 @@ def _audit_verdicts(run) -> list[str] | None:
     settings, fingerprint = get_settings(), run.record["data"]["fingerprint"]
     verdicts = stored_verdicts(fingerprint, settings.cache_dir)
     for root in (settings.data_dir, shortcut_root(settings)) if verdicts is None else ():
-        with contextlib.suppress(CTError):
+        with contextlib.suppress(CTError, OSError):
             if load_folder(root, cache=settings.cache_dir).fingerprint == fingerprint:
                 return audit(root, cache=settings.cache_dir).verdicts()
     return verdicts
@@ -343,10 +279,12 @@ def _results(options: argparse.Namespace) -> int:
     import pandas as pd
 
     from ctutils.config import get_settings
-    from ctutils.results import comparison_table, model_card, results_markdown
+    from ctutils.results import comparison_table, results_markdown
     from ctutils.runs import list_runs, load_run
 
     if options.card:
+        from ctutils.card import model_card
+
         run = load_run(options.card)
         text = model_card(run, _audit_verdicts(run))
         _print(options, {"card": text}, text)
@@ -356,14 +294,14 @@ def _results(options: argparse.Namespace) -> int:
         raise CTError(f"no folder '{folder}'", "a folder of run records", "train first, or check the path")
     runs, problems = list_runs(folder)
     if not runs and not problems:
-        raise CTError(
-            f"no run record in '{folder}'",
-            "one or more",
-            "run a notebook (03-08), or `python -m ctutils train`",
-        )
+        there = sorted({path.parent.parent.name for path in folder.parent.glob("*/*/run.json")})
+        mend = f"name a folder of {folder.parent}: {', '.join(there)}" if there else "train, or run a notebook (03-08)"
+        raise CTError(f"no run record in '{folder}'", "one or more", mend)
     if options.markdown:
-        _print(options, {"markdown": results_markdown(runs)}, results_markdown(runs))
-        return 0
+        text = results_markdown(runs)
+        _print(options, {"markdown": text, "problems": problems}, text)
+        print("".join(f"Left out: {problem}\n" for problem in problems), end="", file=sys.stderr)
+        return 1 if problems and not runs else 0
     table = comparison_table(runs) if runs else pd.DataFrame()
     content = {"runs": json.loads(table.to_json(orient="records")), "problems": problems}
     with pd.option_context("display.width", 200, "display.max_columns", 30, "display.precision", 3):

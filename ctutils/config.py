@@ -1,12 +1,11 @@
 """Where things are and how big they are: profile, seed, device, weights, folders."""
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 
 from ctutils.base import CTError
-
-ENVIRONMENT = ("CT_DATA", "CT_PROFILE", "CT_WEIGHTS", "CT_DEVICE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +42,10 @@ class Settings:
     cache_dir: Path
     runs_dir: Path
     seed: int = 0
-    own_data: bool = False  # True when CT_DATA names a folder
+    own_data: bool = False  # True when CT_DATA or the command line names a folder
 
     def __str__(self) -> str:
-        data = self.data_dir.name + (" (CT_DATA)" if self.own_data else " (synthetic)")
+        data = self.data_dir.name + (" (your own)" if self.own_data else " (synthetic)")
         return f"profile {self.profile.name} | device {self.device} | weights {self.weights} | data {data}"
 
 
@@ -61,17 +60,6 @@ def cache_dir() -> Path:
     return project_root() / "data" / "cache"
 
 
-def get_profile(name: str) -> Profile:
-    """Return a profile by name.
-
-    Raises:
-        CTError: no such profile.
-    """
-    if name not in PROFILES:
-        raise CTError(f"profile '{name}'", f"one of {', '.join(PROFILES)}", "set CT_PROFILE to one of these")
-    return PROFILES[name]
-
-
 def get_device(name: str = "") -> str:
     """Return `cuda`, `mps` or `cpu`: the one asked for, else CUDA where there is one, else the CPU.
 
@@ -80,17 +68,13 @@ def get_device(name: str = "") -> str:
     """
     import torch
 
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if not name:
-        return "cuda" if available["cuda"] else "cpu"
+        return "cuda" if count["cuda"] else "cpu"
     kind, _, number = name.partition(":")
-    if kind not in available or (number and not number.isdigit()):
-        raise CTError(f"device '{name}'", f"one of {', '.join(available)}", "set CT_DEVICE to one of these")
-    if not available[kind] or (kind == "cuda" and number and int(number) >= torch.cuda.device_count()):
+    if kind not in count or not (number or "0").isdecimal():
+        raise CTError(f"device '{name}'", f"one of {', '.join(count)}", "set CT_DEVICE to one of these")
+    if int(number or 0) >= count[kind]:
         raise CTError(f"device '{name}', which this machine does not have", "cpu", "unset CT_DEVICE")
     return name
 
@@ -102,32 +86,32 @@ def _folder(text: str) -> Path:
     return inside if not path.exists() and inside.exists() else path
 
 
-def get_settings() -> Settings:
+def get_settings(data: str | Path | None = None) -> Settings:
     """Read CT_PROFILE, CT_DEVICE, CT_WEIGHTS and CT_DATA, and fill in what they leave open.
 
     Without any of them: profile `full` when a CUDA GPU is there, else `standard`; weights `auto`; the
     synthetic data set of that profile under `data/`.
 
+    Args:
+        data: a data set folder, instead of CT_DATA.
     Raises:
         CTError: a variable holds something unknown.
     """
     device = get_device(os.environ.get("CT_DEVICE", ""))
-    profile = get_profile(os.environ.get("CT_PROFILE") or ("full" if device.startswith("cuda") else "standard"))
-    data = project_root() / "data"
-    own = os.environ.get("CT_DATA", "")
-    data_dir = (
-        _folder(own) if own else data / ("synthetic" if profile.name == "standard" else f"synthetic_{profile.name}")
-    )
+    name = os.environ.get("CT_PROFILE") or ("full" if device.startswith("cuda") else "standard")
+    if name not in PROFILES:
+        raise CTError(f"profile '{name}'", f"one of {', '.join(PROFILES)}", "set CT_PROFILE to one of these")
     weights = os.environ.get("CT_WEIGHTS") or "auto"
     if weights not in ("auto", "imagenet", "random"):
         weights = str(_folder(weights))
-    return Settings(
-        profile=profile,
-        device=device,
-        weights=weights,
-        data_dir=data_dir,
-        cache_dir=cache_dir(),
-        # Records of other profiles and data stay apart, so that a quick test run never replaces a real one.
-        runs_dir=data / "runs" / (f"{profile.name}-{data_dir.resolve().name}" if own else profile.name),
-        own_data=bool(own),
-    )
+    inside, own = project_root() / "data", str(data or os.environ.get("CT_DATA", ""))
+    data_dir, runs = inside / ("synthetic" if name == "standard" else f"synthetic_{name}"), name
+    if own and _folder(own).resolve() == data_dir.resolve():
+        own = ""  # the default folder, spelled out
+    if own:
+        data_dir = _folder(own)
+        # Two folders of one name are two data sets: their records must not mix.
+        place = hashlib.sha256(os.fsencode(data_dir.resolve())).hexdigest()[:6]
+        runs = f"{name}-{data_dir.resolve().name}-{place}"
+    folders = (data_dir, cache_dir(), inside / "runs" / runs)
+    return Settings(PROFILES[name], device, weights, *folders, own_data=bool(own))

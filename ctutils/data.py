@@ -1,37 +1,35 @@
 """A folder of slices: find splits and classes, check every file, decode once, hand out batches."""
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
-import json
+import io
+import math
 import os
-from collections.abc import Iterable, Mapping
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ctutils.base import IMAGENET_MEAN, IMAGENET_STD, CTError, atomic_path, progress
+from ctutils.base import CTError, atomic_path, progress, read_json, write_json
 from ctutils.config import Settings, cache_dir
-
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
+from ctutils.registry import IMAGENET_MEAN, IMAGENET_STD
 
 SPLITS = ("train", "val", "test")
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-    "testing": "test",
-}
+SPLIT_NAMES = {split: split for split in SPLITS}
+SPLIT_NAMES |= {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 SMALLEST = 16  # pixels; a picture smaller than this on a side is no CT slice
+PATH_COLUMNS = ("path", "file", "filename", "image")
+PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject")
+# What tables and records cannot hold: control characters, line separators, bytes that are not UTF-8.
+ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 Image.MAX_IMAGE_PIXELS = 100_000_000  # PIL warns above this and raises above twice this
 
@@ -45,7 +43,7 @@ class SliceFolder:
         name: its name in tables and records.
         classes: sorted class names; a label is an index into them.
         slices: one row a file: path (relative, with /), split, class, label, width, height, mode, bytes,
-            sha256, problem (empty when the file's header is readable).
+            sha256, problem (empty when the file's header is readable), patient (empty where unknown).
         meta: content of `dataset.json`, or {}.
         fingerprint: SHA-256 over every path and content; it changes when any file does.
     """
@@ -60,7 +58,24 @@ class SliceFolder:
     @property
     def kind(self) -> str:
         """`synthetic`, `real`, or `unknown` when no dataset.json says."""
-        return str(self.meta.get("kind", "unknown"))
+        return _text(self.meta.get("kind")) or "unknown"
+
+    @property
+    def shortcut(self) -> str | None:
+        """The shortcut that was planted into a synthetic set, or None."""
+        match self.meta:
+            case {"shortcut": str(name)} | {"arguments": {"shortcut": str(name)}}:
+                return _text(name) or None
+        return None
+
+    @property
+    def window(self) -> dict[str, Any] | None:
+        """Window of the pictures' greys, {"level", "width", "unit"}; None when it is not known."""
+        match self.meta.get("window"):
+            case {"level": int(level) | float(level), "width": int(width) | float(width), "unit": str(unit)}:
+                if abs(level) < 1e6 and 0 < width < 1e6 and _text(unit):
+                    return {"level": level, "width": width, "unit": unit}
+        return None
 
     @property
     def labels(self) -> np.ndarray:
@@ -74,214 +89,191 @@ class SliceFolder:
     def counts(self) -> pd.DataFrame:
         """Return the number of slices: one row a class, one column a split."""
         table = pd.crosstab(self.slices["class"], self.slices["split"])
-        splits = [split for split in SPLITS if split in table]
-        table = table.reindex(index=list(self.classes), columns=splits, fill_value=0)
-        return table.rename_axis(index="class", columns="split")
+        return table.reindex(index=list(self.classes), columns=[s for s in SPLITS if s in table], fill_value=0)
 
 
-# ---------------------------------------------------------------- finding
-
-
-def _find_splits(root: Path) -> dict[str, Path]:
-    """Return {canonical split: folder}."""
-    if not root.is_dir():
-        raise CTError(
-            f"no folder '{root}'",
-            "a data set folder <root>/{train,val,test}/<class>/*.png",
-            "check the path in CT_DATA or on the command line; `python -m ctutils synth OUT` makes a synthetic set",
-        )
-    splits: dict[str, Path] = {}
-    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
-        split = SPLIT_NAMES.get(folder.name.lower())
-        if split in splits:
-            raise CTError(
-                f"two folders for the split '{split}': '{splits[split].name}' and '{folder.name}'",
-                "one folder a split",
-                "rename or remove one of them",
-            )
-        if split:
-            splits[split] = folder
-    for needed in ("train", "val"):
-        if needed not in splits:
-            raise CTError(
-                f"no '{needed}' folder in '{root}'",
-                "split folders train and val (also Training, valid, Validation), and test if there is one",
-                "`python -m ctutils import SRC OUT` brings other layouts into this one, and splits unsplit folders",
-            )
-    return {split: splits[split] for split in SPLITS if split in splits}
-
-
-def _find_classes(splits: Mapping[str, Path]) -> tuple[str, ...]:
-    """Return the sorted class names, which must be the same in every split."""
-    found = {
-        split: sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        for split, folder in splits.items()
-    }
-    names = sorted(set().union(*found.values()))
-    by_case: dict[str, str] = {}
-    for name in names:
-        if by_case.setdefault(name.casefold(), name) != name:
-            raise CTError(
-                f"classes '{by_case[name.casefold()]}' and '{name}', which differ only by case",
-                "one spelling for one class in every split",
-                "rename the folders to one spelling",
-            )
-    for split, classes in found.items():
-        missing = sorted(set(names) - set(classes))
-        if missing:
-            raise CTError(
-                f"no class folder {', '.join(map(repr, missing))} in split '{split}' ('{splits[split].name}')",
-                f"the same classes in every split: {', '.join(names)}",
-                "add the missing folder with its slices, or remove the class from the other splits",
-            )
-    if len(names) < 2:
-        raise CTError(f"{len(names)} class folder(s) in '{splits['train']}'", "two classes or more", "add a class")
-    return tuple(names)
+def _text(value: object) -> str:
+    """Return a text of dataset.json that a record can hold, or ""."""
+    return value if isinstance(value, str) and not ODD.search(value) else ""
 
 
 def load_folder(root: str | Path, *, strict: bool = True, cache: Path | None = None) -> SliceFolder:
     """Find splits, classes and slices, and read every file's header and content hash.
 
-    Files are read once: what was learned of them is kept in `data/cache` and read again only when a file's
-    size or one of its times changes.
-
     Args:
         root: `<root>/{train,val[,test]}/<class>/*.png`; split folders also as Training, valid, Validation, ...
-        strict: raise when a file cannot be read; otherwise its `problem` column says why.
+        strict: raise when files or patients.csv cannot be read; else `problem` says why and `patient` is empty.
         cache: folder for the index of known files (default `data/cache`).
     Raises:
-        CTError: no folder, no split, no images, classes that disagree, and with `strict` unreadable files.
+        CTError: no folder, no split, no images, classes that disagree, odd names, with `strict` unreadable files.
+        OSError: a folder cannot be listed.
     Source: notebook 01.
     """
     root = Path(root)
-    splits = _find_splits(root)
-    classes = _find_classes(splits)
-    files: list[tuple[Path, str, str]] = []
-    for split, split_folder in splits.items():
-        for name in classes:
-            found = sorted(
-                path
-                for path in (split_folder / name).rglob("*")
-                if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-            )
-            if not found:
-                raise CTError(
-                    f"no images in '{split_folder.name}/{name}' of '{root}'",
-                    f"files ending in {', '.join(IMAGE_SUFFIXES)}",
-                    "add slices (DICOM goes through `python -m ctutils import`), or remove the class everywhere",
-                )
-            files += [(path, split, name) for path in found]
-    _refuse_other_encodings(root, [path for path, _, _ in files])
-    facts = _file_facts(root, [path for path, _, _ in files], cache or cache_dir())
-    label = {name: index for index, name in enumerate(classes)}
-    slices = pd.DataFrame(
-        [
-            {
-                "path": path.relative_to(root).as_posix(),
-                "split": split,
-                "class": name,
-                "label": label[name],
-                **fact,
-            }
-            for (path, split, name), fact in zip(files, facts, strict=True)
-        ]
-    )
+    classes, slices = _find_slices(root)
+    own_name = root.resolve().name
+    odd = [name for name in (own_name, *slices["path"]) if ODD.search(name)]
+    if odd:
+        mend = "rename it, or unpack the archive again (a Korean one with `unzip -O cp949`)"
+        raise CTError(f"the name '{odd[0]}' in '{root}'", "names in UTF-8 without control characters", mend)
+    slices = slices.join(pd.DataFrame(_file_facts(root, slices["path"].tolist(), cache or cache_dir())))
+    slices["patient"] = ""
+    try:
+        slices["patient"] = read_patients(root, slices["path"])[0]
+    except CTError:
+        if strict:
+            raise
     if strict:
-        _raise_unreadable(root, slices.loc[slices["problem"] != "", ["path", "problem"]].itertuples(index=False))
+        _refuse_unreadable(root, dict(zip(slices["path"], slices["problem"], strict=True)))
     digest = hashlib.sha256()
     for row in slices[["path", "split", "class", "sha256"]].itertuples(index=False):
         digest.update("\0".join(row).encode() + b"\n")
-    meta = _read_meta(root)
-    name = str(meta.get("name") or root.resolve().name)
-    return SliceFolder(root, name, classes, slices, meta, digest.hexdigest())
-
-
-def _refuse_other_encodings(root: Path, paths: list[Path]) -> None:
-    """Raise when Linux shows a name that is not UTF-8, e.g. unpacked from a Korean zip: no table can hold it."""
-    for path in paths:
-        name = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
-        if name != path.relative_to(root).as_posix():
-            raise CTError(
-                f"the name '{name}' in '{root}', which is not Unicode",
-                "UTF-8 names",
-                "rename it, or unpack the archive again with `unzip -O cp949`",
-            )
-
-
-def _raise_unreadable(root: Path, bad: Iterable[tuple[str, str]]) -> None:
-    bad = list(bad)
-    if bad:
-        shown = "; ".join(f"'{path}' ({problem})" for path, problem in bad[:5])
-        more = f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
-        raise CTError(
-            f"{len(bad)} unreadable file(s) in '{root}': {shown}{more}",
-            f"pictures of at least {SMALLEST} x {SMALLEST} pixels",
-            f'replace or remove them; `python -m ctutils check "{root}"` lists all',
-        )
-
-
-def _read_meta(root: Path) -> dict[str, Any]:
     try:
-        meta = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return meta if isinstance(meta, dict) else {}
+        meta = read_json(root / "dataset.json")
+    except CTError:
+        meta = {}
+    return SliceFolder(root, _text(meta.get("name")) or own_name, classes, slices, meta, digest.hexdigest())
 
 
-def _stamp(path: Path) -> list[int]:
-    # The change time moves with every write, also when a tool sets the modification time back.
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+def _find_slices(root: Path) -> tuple[tuple[str, ...], pd.DataFrame]:
+    """Return the sorted class names, the same in every split, and the table of path, split, class and label."""
+    if not root.is_dir():
+        mend = "check the path in CT_DATA or on the command line; `python -m ctutils synth OUT` makes a synthetic set"
+        raise CTError(f"no folder '{root}'", "a data set folder <root>/{train,val,test}/<class>/*.png", mend)
+    folders, classes = {}, {}
+    for split in SPLITS:
+        found = [path for path in _subfolders(root) if SPLIT_NAMES.get(path.name.lower()) == split]
+        if len(found) > 1 or (not found and split != "test"):
+            names = " and ".join(f"'{path.name}'" for path in found) or f"no '{split}' folder"
+            mend = "rename the folders; `python -m ctutils import SRC OUT` brings other layouts into this one"
+            raise CTError(f"{names} in '{root}'", "one folder train (or Training) and one val (or valid, ...)", mend)
+        if found:
+            folders[split], classes[split] = found[0], {path.name for path in _subfolders(found[0])}
+    names, rows = sorted(set().union(*classes.values())), []
+    for split, folder in folders.items():
+        missing = [name for name in names if name not in classes[split]]
+        if missing or len(names) < 2:
+            expected = "two classes or more, spelled alike in every split"
+            mend = f"add or rename {missing}, or remove it everywhere" if missing else "add a class"
+            raise CTError(f"classes {sorted(classes[split])} in '{folder}', in all {names}", expected, mend)
+        for label, name in enumerate(names):
+            pictures = _find_pictures(root, folder / name)
+            if not pictures:
+                mend = "add slices (DICOM goes through `python -m ctutils import`), or remove the class everywhere"
+                raise CTError(f"no images in '{folder / name}'", f"files ending in {', '.join(IMAGE_SUFFIXES)}", mend)
+            rows += [(path, split, name, label) for path in pictures]
+    return tuple(names), pd.DataFrame(rows, columns=["path", "split", "class", "label"])
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+def _subfolders(folder: Path) -> list[Path]:
+    # A link that leads nowhere is no file: it stays, and fails when it is listed.
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_file())
+
+
+def _find_pictures(root: Path, folder: Path) -> list[str]:
+    """Return the pictures below a class folder, relative to `root`, sorted folder by folder.
+
+    A link that leads nowhere counts as one, for the check to name. A link to a folder is not entered: one that
+    leads back up would give every slice many times.
+    """
+
+    def fail(error: OSError):
+        raise error
+
+    found: list[str] = []
+    for here, _, names in os.walk(folder, onerror=fail):
+        pictures = (name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
+        places = [os.path.join(here, name) for name in pictures]
+        below = Path(here).relative_to(root).as_posix()
+        found += [f"{below}/{os.path.basename(p)}" for p in places if os.path.isfile(p) or not os.path.exists(p)]
+    return sorted(found, key=lambda path: path.split("/"))
+
+
+def _refuse_unreadable(root: Path, problems: dict[str, str]) -> None:
+    bad = [f"'{path}' ({problem})" for path, problem in problems.items() if problem]
+    if bad:
+        shown = "; ".join(bad[:5] + ([f"and {len(bad) - 5} more"] if len(bad) > 5 else []))
+        mend = f'replace or remove them; `python -m ctutils check "{root}"` lists all'
+        expected = f"pictures of at least {SMALLEST} x {SMALLEST} pixels"
+        raise CTError(f"{len(bad)} unreadable file(s) in '{root}': {shown}", expected, mend)
+
+
+def _file_facts(root: Path, paths: list[str], cache: Path) -> list[dict[str, Any]]:
+    """Return `_read_fact` of every file; an index in the cache knows files whose size and times have not changed."""
+    index = cache / "index" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
+    try:
+        known = read_json(index)
+    except CTError:
+        known = {}
+    keys, new = [], {}
+    for path in paths:
+        file, stamp = os.path.join(root, path), ""
+        with contextlib.suppress(OSError):  # a link that leads nowhere
+            stat = os.stat(file)
+            # The change time moves with every write, also when a tool sets the modification time back.
+            stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
+        keys.append(f"{path} {stamp}")
+        if keys[-1] not in known:
+            new[keys[-1]] = file
+    if new or len(known) > len(keys):
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            facts = progress(pool.map(_read_fact, new.values()), total=len(new), desc="Reading files", leave=False)
+            known |= zip(new, facts, strict=True)
+        with contextlib.suppress(OSError, CTError):  # only an optimisation
+            write_json(index, {key: known[key] for key in keys})
+    return [known[key] for key in keys]
+
+
+def _read_fact(path: str) -> dict[str, Any]:
     fact: dict[str, Any] = {"width": 0, "height": 0, "mode": "", "bytes": 0, "sha256": "", "problem": ""}
     try:
-        content = path.read_bytes()
-        fact["bytes"], fact["sha256"] = len(content), hashlib.sha256(content).hexdigest()
-        if not content:
-            raise ValueError("zero bytes")
-        with Image.open(path) as image:
-            fact["width"], fact["height"], fact["mode"] = *image.size, image.mode
+        content = Path(path).read_bytes()
+        fact |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        with Image.open(io.BytesIO(content)) as image:
+            fact |= {"width": image.width, "height": image.height, "mode": image.mode}
         if min(image.size) < SMALLEST:
-            raise ValueError(f"{image.size[0]} x {image.size[1]} pixels")
-    except Image.UnidentifiedImageError:
-        fact["problem"] = "not a picture"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        fact["problem"] = str(error) or type(error).__name__
+            fact["problem"] = f"{image.width} x {image.height} pixels"
+    except UNDECODABLE as error:
+        fact["problem"] = _why(error)
     return fact
 
 
-def _file_facts(root: Path, paths: list[Path], cache: Path) -> list[dict[str, Any]]:
-    """Read every file's facts, in parallel, unless the index knows the very same file."""
-    index_file = cache / "index" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
-    try:
-        known = json.loads(index_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    keys = [path.relative_to(root).as_posix() for path in paths]
-    stamps = [_stamp(path) for path in paths]
-    with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        entries = {
-            key: known[key]
-            for key, stamp in zip(keys, stamps, strict=True)
-            if isinstance(known.get(key), dict) and known[key].get("stamp") == stamp
-        }
-        new = [(key, path, stamp) for key, path, stamp in zip(keys, paths, stamps, strict=True) if key not in entries]
-        if new:
-            bar = progress(total=len(new), desc="Reading files", unit="slice", leave=False)
-            for (key, _, stamp), fact in zip(new, pool.map(_read_facts, [path for _, path, _ in new]), strict=True):
-                entries[key] = {"stamp": stamp, "fact": fact}
-                bar.update()
-            bar.close()
-    if new or len(known) != len(entries):
-        with (
-            contextlib.suppress(OSError, CTError),
-            atomic_path(index_file) as temporary,
-        ):  # only an optimisation
-            temporary.write_text(json.dumps(entries), encoding="utf-8")
-    return [entries[key]["fact"] for key in keys]
+def _why(error: Exception) -> str:
+    unknown = isinstance(error, Image.UnidentifiedImageError)
+    return "not a picture" if unknown else getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def read_patients(root: Path, paths: pd.Series) -> tuple[np.ndarray, list[str]]:
+    """Return the patient of every path, str (N,), "" where unknown, and the table's paths that name no slice.
+
+    Read from the first CSV file at the root, patients.csv and findings.csv before others, with a column of
+    `PATH_COLUMNS` (as in `paths`, or a file name that occurs once) and one of `PATIENT_COLUMNS`, in any case.
+
+    Raises:
+        CTError: patients.csv cannot be read or lacks a column.
+    """
+    own = [root / "patients.csv", root / "findings.csv"]
+    for file in [*own, *sorted(set(root.glob("*.csv")) - set(own))]:
+        try:
+            table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            lower = {name.strip().lower(): name for name in reversed(table.columns)}
+            places = table[next(lower[name] for name in PATH_COLUMNS if name in lower)]
+            patients = table[next(lower[name] for name in PATIENT_COLUMNS if name in lower)]
+        except (ValueError, OSError, StopIteration) as error:  # pandas' parser errors are ValueErrors
+            if file != own[0] or not os.path.lexists(file):
+                continue
+            why = str(error) or f"its columns are {', '.join(table)}"
+            raise CTError(
+                f"'{file}' ({why})", "a CSV with the columns path and patient", "mend or remove it"
+            ) from error
+        named = collections.Counter(path.rsplit("/", 1)[-1] for path in paths)
+        full = {name: path for path in paths if named[name := path.rsplit("/", 1)[-1]] == 1} | {p: p for p in paths}
+        known: dict[str, str] = {}
+        for place, patient in zip(places, patients, strict=True):
+            place = place.strip().replace("\\", "/").removeprefix("./")
+            known.setdefault(full.get(place, place), " ".join(patient.split()))
+        return np.array([known.get(path, "") for path in paths]), sorted(known.keys() - full.keys())
+    return np.full(len(paths), ""), []
 
 
 def with_test_split(folder: SliceFolder, seed: int = 0) -> SliceFolder:
@@ -294,7 +286,7 @@ def with_test_split(folder: SliceFolder, seed: int = 0) -> SliceFolder:
         CTError: a class has fewer than two validation slices to share out.
     Source: notebook 09, "the evaluation rule".
     """
-    if (folder.slices["split"] == "test").any():
+    if len(folder.rows("test")):
         return folder
     from sklearn.model_selection import train_test_split
 
@@ -308,6 +300,36 @@ def with_test_split(folder: SliceFolder, seed: int = 0) -> SliceFolder:
     return dataclasses.replace(folder, slices=slices, meta={**folder.meta, "test_from_val": True})
 
 
+def with_test_of(folder: SliceFolder, other: SliceFolder) -> SliceFolder:
+    """Return the folder with the test split of another one, for the question: does it hold elsewhere?
+
+    A column `shown` gives the paths below the two folders' names, for records.
+
+    Raises:
+        CTError: other classes, or no test split there.
+    Source: notebook 10, section 8.
+    """
+    if other.classes != folder.classes or not len(other.rows("test")):
+        found = f"classes {other.classes} and {len(other.rows('test'))} test slices in '{other.name}'"
+        raise CTError(found, f"{folder.classes} and a test split", "use sets of one kind, the second made with --test")
+    try:
+        root = Path(os.path.commonpath([folder.root.resolve(), other.root.resolve()]))
+    except ValueError as error:  # Windows
+        raise CTError(f"'{folder.root}' and '{other.root}' on two drives", "one drive", "copy one of them") from error
+    parts = []
+    for part, keep in ((folder, ("train", "val")), (other, ("test",))):
+        own, slices = part.root.resolve(), part.slices[part.slices["split"].isin(keep)]
+        below = [(own / path).relative_to(root).as_posix() for path in slices["path"]]
+        parts.append(slices.assign(path=below, shown=[f"{own.name}/{path}" for path in slices["path"]]))
+    return dataclasses.replace(
+        folder,
+        root=root,
+        name=f"{folder.name}, tested on {other.name}",
+        slices=pd.concat(parts, ignore_index=True),
+        fingerprint=hashlib.sha256(f"{folder.fingerprint} {other.fingerprint}".encode()).hexdigest(),
+    )
+
+
 def default_folder(settings: Settings) -> SliceFolder:
     """Return the data set that the settings name; the synthetic one is made on first use.
 
@@ -316,10 +338,7 @@ def default_folder(settings: Settings) -> SliceFolder:
     Source: notebook 01.
     """
     if not settings.own_data:
-        from ctutils.phantom import write_dataset
-
-        size = settings.profile
-        write_dataset(settings.data_dir, train=size.train, val=size.val, test=size.test, seed=settings.seed)
+        _synthesise(settings.data_dir, settings)
     return load_folder(settings.data_dir, cache=settings.cache_dir)
 
 
@@ -336,14 +355,15 @@ def shortcut_folder(settings: Settings) -> SliceFolder:
 
     Source: notebook 01, "a trap".
     """
+    _synthesise(shortcut_root(settings), settings, shortcut="sharpness")
+    return load_folder(shortcut_root(settings), cache=settings.cache_dir)
+
+
+def _synthesise(out: Path, settings: Settings, **options) -> None:
     from ctutils.phantom import write_dataset
 
-    size, out = settings.profile, shortcut_root(settings)
-    write_dataset(out, train=size.train, val=size.val, test=size.test, seed=settings.seed, shortcut="sharpness")
-    return load_folder(out, cache=settings.cache_dir)
-
-
-# ---------------------------------------------------------------- decoding
+    size = settings.profile
+    write_dataset(out, train=size.train, val=size.val, test=size.test, seed=settings.seed, **options)
 
 
 def read_grey(path: str | Path) -> Image.Image:
@@ -383,16 +403,8 @@ def build_transform(size: int, mean: tuple = IMAGENET_MEAN, std: tuple = IMAGENE
     import torch
     from torchvision.transforms import v2
 
-    return v2.Compose(
-        [
-            v2.Grayscale(1),
-            v2.Resize((size, size), antialias=True),
-            v2.ToImage(),
-            v2.Grayscale(3),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean=list(mean), std=list(std)),
-        ]
-    )
+    resize = [v2.Grayscale(1), v2.Resize((size, size), antialias=True), v2.ToImage(), v2.Grayscale(3)]
+    return v2.Compose([*resize, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
 
 
 def build_store(folder: SliceFolder, size: int, *, cache: Path | None = None, workers: int | None = None) -> np.ndarray:
@@ -403,7 +415,6 @@ def build_store(folder: SliceFolder, size: int, *, cache: Path | None = None, wo
     in order to a temporary file, then renamed. Memory stays flat: a few slices a worker.
 
     Args:
-        folder: N slices.
         size: pixels a side.
         cache: folder of the store (default `data/cache`).
         workers: decoding threads (default: one a core).
@@ -411,62 +422,33 @@ def build_store(folder: SliceFolder, size: int, *, cache: Path | None = None, wo
         CTError: slices that cannot be decoded, all named at once; a full disk.
     Source: notebook 02.
     """
-    path = (cache or cache_dir()) / "store" / f"{folder.fingerprint[:20]}-{size}.npy"
-    count = len(folder.slices)
-    store = _open_store(path, (count, size, size))
-    if store is None:
-        _remove_leftovers(path.parent)
-        workers = workers or os.cpu_count() or 1
-        files = [folder.root / name for name in folder.slices["path"]]
-        bad: list[tuple[str, str]] = []
+    path = (cache or cache_dir()) / "store" / f"{folder.fingerprint[:20]}-{size}.u8"
+    shape, workers = (len(folder.slices), size, size), workers or os.cpu_count() or 1
+
+    def decode(file: Path) -> np.ndarray | str:
+        try:
+            return read_small(file, size)
+        except UNDECODABLE as error:
+            return _why(error)
+
+    if not path.is_file() or path.stat().st_size != math.prod(shape):
+        files, problems = [folder.root / name for name in folder.slices["path"]], {}
         with (
             atomic_path(path) as temporary,
             open(temporary, "wb") as out,
             concurrent.futures.ThreadPoolExecutor(workers) as pool,
-            progress(total=count, desc=f"Decoding slices to {size} x {size}", unit="slice", leave=False) as bar,
+            progress(total=len(files), desc=f"Decoding slices to {size} x {size}", unit="slice", leave=False) as bar,
         ):
-            header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size)}
-            np.lib.format.write_array_header_1_0(out, header)
-            for start in range(0, count, 16 * workers):  # bounds what waits in memory
+            for start in range(0, len(files), 16 * workers):  # bounds what waits in memory
                 chunk = files[start : start + 16 * workers]
-                for file, decoded in zip(chunk, pool.map(_decode, chunk, [size] * len(chunk)), strict=True):
+                for file, decoded in zip(chunk, pool.map(decode, chunk), strict=True):
                     if isinstance(decoded, str):
-                        bad.append((file.relative_to(folder.root).as_posix(), decoded))
+                        problems[file.relative_to(folder.root).as_posix()] = decoded
                     else:
                         out.write(decoded.tobytes())
                     bar.update()
-            _raise_unreadable(folder.root, bad)
-        store = np.load(path, mmap_mode="r")
-    return store
-
-
-def _open_store(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
-    """Map a finished store; None when it is absent or damaged."""
-    try:
-        store = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return None
-    return store if (store.shape, store.dtype) == (shape, np.uint8) else None
-
-
-def _decode(path: Path, size: int) -> np.ndarray | str:
-    try:
-        return read_small(path, size)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return str(error) or type(error).__name__
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files that a killed process left a day ago or earlier."""
-    import time
-
-    for file in folder.glob(".tmp-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - file.stat().st_mtime > 86_400:
-                file.unlink()
-
-
-# ---------------------------------------------------------------- batches
+            _refuse_unreadable(folder.root, problems)
+    return np.memmap(path, np.uint8, mode="r", shape=shape)
 
 
 class SliceBatches:
@@ -480,8 +462,8 @@ class SliceBatches:
         import torch
 
         self.device = "cpu" if isinstance(store, np.ndarray) else store.device
-        self.store, self.rows, self.augment = store, rows, augment
-        self.labels = torch.from_numpy(labels[rows]).to(self.device)
+        self.store, self.augment = store, augment
+        self.rows, self.labels = (torch.from_numpy(values).to(self.device) for values in (rows, labels[rows]))
         self.mean, self.std = (torch.tensor(three, device=self.device) for three in (mean, std))
 
     def __len__(self) -> int:
@@ -490,13 +472,9 @@ class SliceBatches:
     def __getitem__(self, indices: list[int]):
         import torch
 
-        # To a GPU only the indices travel, and nothing waits for them.
-        rows, here = torch.from_numpy(self.rows[indices]), torch.as_tensor(indices)
-        if self.device == "cpu":
-            images = torch.from_numpy(self.store[rows.numpy()])
-        else:
-            rows, here = rows.to(self.device, non_blocking=True), here.to(self.device, non_blocking=True)
-            images = self.store[rows]
+        here = torch.as_tensor(indices).to(self.device, non_blocking=True)  # to a GPU only the indices travel
+        rows = self.rows[here]
+        images = self.store[rows] if self.device != "cpu" else torch.from_numpy(self.store[rows.numpy()])
         images = images[:, None] if self.augment is None else self.augment(images[:, None])
         return normalise(images, self.mean, self.std), self.labels[here]
 
@@ -510,15 +488,8 @@ def normalise(images, mean, std):
 
 
 def make_loaders(
-    folder: SliceFolder,
-    store: np.ndarray,
-    *,
-    mean=IMAGENET_MEAN,
-    std=IMAGENET_STD,
-    batch_size: int = 32,
-    augment=None,
-    device: str = "cpu",
-) -> dict[str, "DataLoader"]:
+    folder: SliceFolder, store, *, mean=IMAGENET_MEAN, std=IMAGENET_STD, batch_size=32, augment=None, device="cpu"
+) -> dict:
     """Return one DataLoader a split; the training slices are shuffled (by torch's global seed), others in order.
 
     Args:
@@ -533,47 +504,48 @@ def make_loaders(
         CTError: store and folder have different numbers of slices.
     Source: notebook 02.
     """
+    import torch
+
     if len(store) != len(folder.slices):
         raise CTError(f"{len(store)} decoded slices", f"{len(folder.slices)}", "build the store again")
-    if device.startswith("cuda"):
-        import torch
+    if device.startswith("cuda") and store.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
+        store = torch.from_numpy(np.array(store)).to(device)
 
-        if store.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-            store = torch.from_numpy(np.array(store)).to(device)
-    loaders = {}
-    for split in (split for split in SPLITS if len(folder.rows(split))):
-        dataset = SliceBatches(
-            store, folder.labels, folder.rows(split), mean, std, augment if split == "train" else None
-        )
-        loaders[split] = batch_loader(dataset, batch_size, shuffle=split == "train")
-    return loaders
+    def batches(split: str):
+        changed = augment if split == "train" else None
+        return SliceBatches(store, folder.labels, folder.rows(split), mean, std, changed)
+
+    return _loaders(folder, batches, batch_size)
 
 
-def feature_loaders(folder: SliceFolder, features, *, batch_size: int = 32, views=None) -> dict[str, "DataLoader"]:
-    """Return one DataLoader a split over cached features: float32 (B, D) and labels int64 (B,).
+def feature_loaders(folder: SliceFolder, features, *, batch_size: int = 32, views=None) -> dict:
+    """Return one DataLoader a split over cached features: float32 (B, ...) and labels int64 (B,).
 
     The order of the training examples is that of `make_loaders` under the same seed.
 
     Args:
-        features: tensor float32 (N, D), rows as in `folder.slices`.
-        views: tensor float32 (K, M, D) of K random views of the M training slices: each time a training slice is
-            asked for, one of its views is drawn.
+        features: tensor (N, D) or (N, K, h, w), float32 or bfloat16, rows as in `folder.slices`; a mapped file is
+            read batch by batch.
+        views: tensor (V, M, ...) of V random views of the M training slices: each time a training slice is asked
+            for, one of its views is drawn.
     Source: notebook 02; the views: notebook 10.
     """
-    import torch
 
-    labels = torch.from_numpy(folder.labels).to(features.device)
-    loaders = {}
-    for split in (split for split in SPLITS if len(folder.rows(split))):
-        rows = torch.from_numpy(folder.rows(split)).to(features.device)
-        of_split = views if split == "train" and views is not None else features[rows][None]
-        loaders[split] = batch_loader(_Features(of_split, labels[rows]), batch_size, shuffle=split == "train")
-    return loaders
+    def batches(split: str):
+        rows = folder.rows(split)
+        if split == "train" and views is not None:
+            return _FeatureBatches(views, np.arange(len(rows)), folder.labels[rows])
+        return _FeatureBatches(features[None], rows, folder.labels[rows])
+
+    return _loaders(folder, batches, batch_size)
 
 
-class _Features:
-    def __init__(self, views, labels):
-        self.views, self.labels = views, labels  # (K, M, D) and (M,)
+class _FeatureBatches:
+    def __init__(self, views, rows: np.ndarray, labels: np.ndarray):
+        import torch
+
+        self.views = views  # (V, N, ...)
+        self.rows, self.labels = (torch.from_numpy(some).to(views.device) for some in (rows, labels))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -585,10 +557,15 @@ class _Features:
         if len(self.views) > 1:
             view = torch.randint(len(self.views), (len(indices),)).to(device, non_blocking=True)
         indices = torch.as_tensor(indices).to(device, non_blocking=True)
-        return self.views[view, indices], self.labels[indices]
+        return self.views[view, self.rows[indices]].float(), self.labels[indices]
 
 
-def batch_loader(dataset, batch_size: int, *, shuffle: bool) -> "DataLoader":
+def _loaders(folder: SliceFolder, batches, batch_size: int) -> dict:
+    splits = [split for split in SPLITS if len(folder.rows(split))]
+    return {split: batch_loader(batches(split), batch_size, shuffle=split == "train") for split in splits}
+
+
+def batch_loader(dataset, batch_size: int, *, shuffle: bool):
     """Return a DataLoader that asks `dataset` for whole batches, `dataset[[i, j, ...]]`."""
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 

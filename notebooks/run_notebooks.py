@@ -7,9 +7,8 @@ python notebooks/run_notebooks.py --in-place      store the outputs, profile sta
 
 import argparse
 import base64
-import concurrent.futures
+import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import subprocess
@@ -24,7 +23,11 @@ import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-from ctutils.base import CTError, atomic_path, read_json, replace_between, write_json
+from ctutils.base import CTError, atomic_path, read_json, write_json
+from ctutils.config import get_settings
+from ctutils.data import default_folder
+from ctutils.results import results_markdown
+from ctutils.runs import list_runs
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -62,15 +65,6 @@ def find_notebooks(folder: Path, only: list[str] | None = None) -> list[Path]:
     return [path for path in found if path.name.startswith(tuple(only))]
 
 
-def read_notebook(path: Path) -> nbformat.NotebookNode:
-    """Read a notebook; cells without an id (format 4.4 and older) get one that stays the same."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for number, cell in enumerate(content["cells"]):
-        cell.setdefault("id", f"cell-{number:02d}")
-    content["nbformat_minor"] = max(5, content["nbformat_minor"])
-    return nbformat.reads(json.dumps(content), as_version=4)
-
-
 def clean(notebook: nbformat.NotebookNode) -> None:
     """Keep only what is the same in every run, in place: no stderr, no widgets, no versions, no timings."""
     notebook.metadata = nbformat.from_dict(
@@ -89,31 +83,14 @@ def clean(notebook: nbformat.NotebookNode) -> None:
             ]
 
 
-class PeakMemory(threading.Thread):
-    """Watches the memory of all child processes together: the kernel and its workers."""
-
-    def __init__(self, pause: float = 1.0):
-        super().__init__(daemon=True)
-        self.peak, self.pause, self.done = 0, pause, threading.Event()
-
-    def run(self) -> None:
-        while not self.done.wait(self.pause):
-            children = psutil.Process().children(recursive=True)
-            self.peak = max(self.peak, sum(map(self._bytes, children)))
-
-    def stop(self) -> float:
-        """End the watch and return the peak in MB (10^6 bytes)."""
-        self.done.set()
-        self.join()
-        return self.peak / 1e6
-
-    @staticmethod
-    def _bytes(process: psutil.Process) -> int:
-        try:
+def children_memory() -> int:
+    """Return the memory of all child processes together, the kernel and its workers, in bytes."""
+    total = 0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has just ended
             # The proportional share (Linux) counts what workers share with the kernel only once.
-            return process.memory_full_info().pss if psutil.LINUX else process.memory_info().rss
-        except psutil.Error:
-            return 0  # it has just ended
+            total += process.memory_full_info().pss if psutil.LINUX else process.memory_info().rss
+    return total
 
 
 def run_notebook(path: Path, timeout: int | None = None) -> tuple[nbformat.NotebookNode, Outcome]:
@@ -125,9 +102,7 @@ def run_notebook(path: Path, timeout: int | None = None) -> tuple[nbformat.Noteb
     Returns:
         the notebook with its outputs, up to the cell that failed if one did; and how it went.
     """
-    notebook = read_notebook(path)
-    started = [0]  # code cells
-
+    notebook, errors, started, start = nbformat.read(path, as_version=4), [], [0], time.perf_counter()
     client = NotebookClient(
         notebook,
         kernel_name="python3",
@@ -138,31 +113,34 @@ def run_notebook(path: Path, timeout: int | None = None) -> tuple[nbformat.Noteb
         coalesce_streams=True,
         extra_arguments=["--log-level=ERROR"],  # no warning about an unencrypted local port
         resources={"metadata": {"path": str(path.parent)}},
-        on_cell_execute=lambda cell, cell_index: started.__setitem__(0, started[0] + 1),
+        on_cell_execute=lambda cell, cell_index: started.__setitem__(0, started[0] + 1),  # code cells
     )
-    memory, error, start = PeakMemory(), "", time.perf_counter()
-    memory.start()
+
+    def execute() -> None:
+        try:
+            client.execute()
+        except CellExecutionError as caught:
+            errors.append(f"{caught.ename}: {caught.evalue}".strip())
+        except CellTimeoutError:
+            errors.append(f"took longer than {timeout} s")
+        except DeadKernelError:
+            errors.append("the kernel died (out of memory?)")
+        except Exception as caught:  # a thread would lose it
+            errors.append(f"{type(caught).__name__}: {caught}")
+
+    # In a thread, where nbclient sets no signal handlers; its own leave Ctrl-C with a long traceback.
+    thread, peak = threading.Thread(target=execute), 0
+    thread.start()
     try:
-        # In a thread, where nbclient sets no signal handlers; its own leave Ctrl-C with a long traceback.
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            try:
-                future = pool.submit(client.execute)
-                while not future.done():  # on Windows a wait without an end does not hear Ctrl-C
-                    concurrent.futures.wait([future], timeout=1)
-                future.result()
-            except KeyboardInterrupt:
-                for child in psutil.Process().children(recursive=True):
-                    child.kill()  # the thread ends with its kernel
-                raise
-    except CellExecutionError as caught:
-        error = f"cell {started[0]}: {caught.ename}: {caught.evalue}".strip()
-    except CellTimeoutError:
-        error = f"cell {started[0]}: took longer than {timeout} s"
-    except DeadKernelError:
-        error = f"cell {started[0]}: the kernel died (out of memory?)"
-    finally:
-        peak = memory.stop()
-    return notebook, Outcome(path.stem, time.perf_counter() - start, peak, error)
+        while thread.is_alive():  # on Windows a wait without an end does not hear Ctrl-C
+            thread.join(timeout=0.5)
+            peak = max(peak, children_memory())
+    except KeyboardInterrupt:
+        for child in psutil.Process().children(recursive=True):
+            child.kill()  # the thread ends with its kernel
+        raise
+    error = f"cell {started[0]}: {errors[0]}" if errors else ""
+    return notebook, Outcome(path.stem, time.perf_counter() - start, peak / 1e6, error)
 
 
 def run_all(
@@ -258,22 +236,32 @@ def publish() -> None:
     Copies the run records without their weights to data/reference_runs, writes their table into the README, and
     takes the README's picture from notebook 01 (the cell tagged `readme-picture`).
     """
-    from ctutils.config import get_settings
-    from ctutils.results import results_markdown
-    from ctutils.runs import list_runs
-
     source = get_settings().runs_dir
     target = ROOT / "data" / "reference_runs" / source.name
     shutil.rmtree(target, ignore_errors=True)
     copy_records(source, target)
     shutil.copyfile(EXECUTED / "timings.json", target / "timings.json")
     replace_between(ROOT / "README.md", RESULTS_BEGIN, RESULTS_END, results_markdown(list_runs(target)[0]))
-    for cell in read_notebook(FOLDER / "01_data_exploration.ipynb").cells:
+    for cell in nbformat.read(FOLDER / "01_data_exploration.ipynb", as_version=4).cells:
         if "readme-picture" in cell.metadata.get("tags", []):
             png = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
             with atomic_path(ROOT / "data" / "readme.png") as temporary:
                 temporary.write_bytes(base64.b64decode(png))
     print("Renewed: README.md, data/readme.png, data/reference_runs")
+
+
+def replace_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace, in a UTF-8 file, what stands between two lines that mark it.
+
+    Raises:
+        CTError: one of the marks is missing.
+    """
+    before, first, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise CTError(f"no '{end if first else begin}' in '{path.name}'", "both marks", "put them back")
+    with atomic_path(path) as temporary:
+        temporary.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def copy_records(source: Path, target: Path) -> None:
@@ -288,9 +276,6 @@ def copy_records(source: Path, target: Path) -> None:
 
 def prepare_data() -> str:
     """Make the default data set if none is there, print a line about it, return the profile's name."""
-    from ctutils.config import get_settings
-    from ctutils.data import default_folder
-
     settings = get_settings()
     print(settings, flush=True)
     folder = default_folder(settings)

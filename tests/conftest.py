@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 for _name in [name for name in os.environ if name.startswith("CT_")]:
     del os.environ[_name]
 os.environ.update(
@@ -12,3 +14,28 @@ os.environ.update(
     OMP_WAIT_POLICY="PASSIVE",  # spinning OpenMP threads cost 2.5 times under load
     MPLBACKEND="Agg",  # unit tests open no windows
 )
+
+
+@pytest.fixture
+def made_up():
+    """A function: name -> network with weights and statistics of no meaning, quicker than torch draws them."""
+
+    def make(name: str):
+        import torch
+
+        from ctutils import backbones, registry
+
+        with torch.device("meta"):
+            model = backbones._make(registry.BACKBONES[name])
+        draws = torch.randn(99_991, generator=torch.Generator().manual_seed(0))
+        for key, tensor in model.to_empty(device="cpu").state_dict().items():
+            values = draws.repeat(tensor.numel() // len(draws) + 1)[: tensor.numel()].view(tensor.shape)
+            if tensor.ndim > 1:
+                tensor.copy_(values * (2 / tensor[0].numel()) ** 0.5)
+            elif key.endswith(("running_var", "weight")):
+                tensor.copy_(1 + 0.2 * values.clamp(-3, 3))
+            else:
+                tensor.copy_(0.1 * values)
+        return model.eval()
+
+    return make

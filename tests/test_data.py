@@ -1,10 +1,9 @@
-"""data: finding and checking slices, the decoded store, batches."""
+"""data: finding and checking slices, patients, the decoded store, batches."""
 
-import errno
+import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -27,8 +26,10 @@ from ctutils.data import (
     make_loaders,
     normalise,
     read_grey,
+    read_patients,
     read_small,
     shortcut_folder,
+    with_test_of,
     with_test_split,
 )
 
@@ -45,30 +46,22 @@ def root(tmp_path) -> Path:
 
 
 def count_calls(monkeypatch, owner, name: str) -> list:
-    """Replace a function by one that notes its arguments first."""
+    """Replace a function by one that notes its first argument."""
     calls, real = [], getattr(owner, name)
-
-    def noted(*args, **kwargs):
-        calls.append(args)
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, noted)
+    monkeypatch.setattr(owner, name, lambda *args, **kwargs: calls.append(args[0]) or real(*args, **kwargs))
     return calls
+
+
+def stored(tmp_path) -> list[str]:
+    return files_below(tmp_path / "project" / "data" / "cache" / "store")
 
 
 # --- Finding ---
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("train", "val", "test"),
-        ("Train", "valid", "Test"),
-        ("Training", "Validation", "testing"),
-        ("TRAIN", "VALID"),
-    ],
-)
+@pytest.mark.parametrize("names", ["train val test", "Train valid Test", "Training Validation testing", "TRAIN VALID"])
 def test_splits_are_found_by_their_usual_names(tmp_path, names):
+    names = names.split()
     folder = load_folder(write_set(tmp_path / "set", splits=names))
     assert list(folder.counts().columns) == ["train", "val", "test"][: len(names)]
     assert (folder.counts() == 2).all(axis=None) and len(folder.slices) == 6 * len(names)
@@ -77,29 +70,56 @@ def test_splits_are_found_by_their_usual_names(tmp_path, names):
 
 
 def test_table_of_slices(root):
-    (root / "dataset.json").write_text(json.dumps({"name": "작은 세트", "kind": "synthetic", "more": 1}))
     folder = load_folder(root)
+    assert " ".join(folder.slices) == "path split class label width height mode bytes sha256 problem patient"
+    assert (folder.classes, folder.labels.dtype) == (CLASSES, np.int64)
     assert folder.labels.flags.writeable, "torch warns of others"
-    assert list(folder.slices.columns) == [
-        *("path", "split", "class", "label", "width", "height", "mode", "bytes", "sha256", "problem"),
-    ]
-    assert folder.classes == CLASSES
-    assert (folder.name, folder.kind, folder.meta["more"]) == ("작은 세트", "synthetic", 1)
     row = folder.slices[folder.slices["path"] == "val/폐렴/slice 1.png"].iloc[0]
     content = (root / "val" / "폐렴" / "slice 1.png").read_bytes()
-    assert (row["split"], row["class"], row["label"]) == ("val", "폐렴", 2)
-    assert (row["width"], row["height"], row["mode"], row["bytes"]) == (40, 40, "L", len(content))
-    assert row["sha256"] == data.hashlib.sha256(content).hexdigest()
-    assert folder.labels.dtype == np.int64
+    expected = ["val", "폐렴", 2, 40, 40, "L", len(content), hashlib.sha256(content).hexdigest(), "", ""]
+    assert row.tolist()[1:] == expected
     assert [CLASSES[label] for label in folder.labels] == list(folder.slices["class"])
     assert folder.rows("train").tolist() == list(range(6)), "rows are sorted by split, class and path"
 
 
-def test_without_dataset_json_the_folder_gives_the_name(root):
-    assert (load_folder(root).name, load_folder(root).kind) == ("set", "unknown")
-    for broken in ("[1, 2]", "{"):
-        (root / "dataset.json").write_text(broken)
-        assert load_folder(root).meta == {}
+WINDOW = {"level": -600, "width": 1500.0, "unit": "HU"}
+ODD_META = [
+    *(
+        "[1, 2]",
+        "{",
+        '{"arguments": null, "window": null}',
+        '{"arguments": 5, "shortcut": [], "kind": null, "name": {}}',
+    ),
+    *(
+        '{"kind": 3, "name": "a\\rb", "shortcut": "\\ud800", "window": [1, 2]}',
+        '{"window": {"level": "a", "width": 1}}',
+    ),
+    *(
+        json.dumps({"window": WINDOW | odd})
+        for odd in ({"width": 0}, {"level": float("nan")}, {"unit": 3}, {"width": []})
+    ),
+    '{"a":' * 100_000,
+]
+
+
+@pytest.mark.parametrize("meta", [None, *ODD_META])
+def test_odd_dataset_json_breaks_nothing(root, meta):
+    if meta is not None:
+        (root / "dataset.json").write_text(meta)
+    folder = load_folder(root)
+    assert (folder.name, folder.kind, folder.shortcut, folder.window) == ("set", "unknown", None, None)
+    assert isinstance(folder.meta, dict)
+
+
+@pytest.mark.parametrize(
+    "told", [{"shortcut": "sharpness"}, {"shortcut": None, "arguments": {"shortcut": "sharpness"}}]
+)
+def test_dataset_json_tells_name_kind_shortcut_and_window(root, told):
+    content = {"name": "작은 세트", "kind": "synthetic", "more": 1, "window": WINDOW | {"by": "me"}, **told}
+    (root / "dataset.json").write_text(json.dumps(content))
+    folder = load_folder(root)
+    assert (folder.name, folder.kind, folder.meta["more"]) == ("작은 세트", "synthetic", 1)
+    assert (folder.shortcut, folder.window) == ("sharpness", WINDOW)
 
 
 def save_every_kind(folder: Path, ramp: np.ndarray) -> dict[str, str]:
@@ -185,7 +205,7 @@ def test_changed_picture_of_the_same_size_and_time_makes_a_new_store(tmp_path):
 
 
 def test_files_are_read_once(root, monkeypatch):
-    reads = count_calls(monkeypatch, Path, "read_bytes")
+    reads = count_calls(monkeypatch, data, "_read_fact")
     first = load_folder(root)
     assert len(reads) == 18
     again = load_folder(root)
@@ -194,147 +214,165 @@ def test_files_are_read_once(root, monkeypatch):
     file = root / "test" / "Normal" / "slice 1.png"
     Image.fromarray(picture(1, 77)).save(file)
     load_folder(root)
-    assert [args[0] for args in reads[18:]] == [file]
+    assert [Path(path) for path in reads[18:]] == [file]
     file.unlink()
     assert len(load_folder(root).slices) == 17 and len(reads) == 19
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", '{"train/ILD/slice 0.png": {"stamp": 1}}', "{"])
+@pytest.mark.parametrize("content", ["", "[]", '{"train/ILD/slice 0.png": {"stamp": 1}}', None])
 def test_damaged_index_only_costs_time(root, tmp_path, content):
     first = load_folder(root)
     index = next((tmp_path / "project").rglob("index/*.json"))
-    index.write_text(content)
+    index.unlink()
+    if content is None:
+        index.mkdir()  # cannot be written either
+    else:
+        index.write_text(content)
     assert load_folder(root).slices.equals(first.slices)
 
 
-def test_index_that_cannot_be_written_only_costs_time(root, monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise PermissionError(errno.EACCES, "no")
-
-    monkeypatch.setattr(data, "atomic_path", refuse)
-    assert len(load_folder(root).slices) == 18
+# --- Bad input: one message each ---
 
 
-# --- Bad input: one message each, nothing written ---
+def move(source: str, target: str):
+    return lambda root: (root / source).rename(root / target)
 
 
-def test_missing_folder(tmp_path):
-    with user_error("no folder", "no such", "CT_DATA"):
-        load_folder(tmp_path / "no such")
-    (tmp_path / "file").write_text("")
-    with user_error("no folder", "file"):
-        load_folder(tmp_path / "file")
-
-
-def test_folder_without_splits(tmp_path):
-    with user_error("no 'train' folder", "import"):
-        load_folder(tmp_path)
-    with user_error("no 'val' folder"):
-        load_folder(write_set(tmp_path / "set", splits=("train", "test")))
-
-
-def test_two_folders_for_one_split(tmp_path):
-    with user_error("two folders for the split 'val'", "'val' and 'valid'"):
-        load_folder(write_set(tmp_path / "set", splits=("train", "val", "valid")))
-
-
-def test_no_images(tmp_path):
-    root = write_set(tmp_path / "set")
+def empty_class(root):
     for file in (root / "val" / "Normal").iterdir():
         file.rename(file.with_suffix(".dcm"))
-    with user_error("no images in 'val/Normal'", ".png", "import"):
+
+
+def unicode_less(root):
+    os.rename(root / "val/ILD/slice 1.png", os.fsencode(root / "val/ILD") + b"/\xc6\xf3.png")  # Korean, by Windows
+
+
+def everywhere(name: str):
+    return lambda root: [(root / split / "ILD").rename(root / split / name) for split in data.SPLITS]
+
+
+def one_class(root):
+    for split in data.SPLITS:
+        shutil.rmtree(root / split / "ILD"), shutil.rmtree(root / split / "폐렴")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (shutil.rmtree, ["no folder", "set'", "CT_DATA"]),
+        (move("train", "trian"), ["no 'train' folder", "import"]),
+        (move("val", "vla"), ["no 'val' folder"]),
+        (lambda root: (root / "valid").mkdir(), ["'val' and 'valid'", "rename"]),
+        (empty_class, ["no images in", "val/Normal", ".png", "import"]),
+        (one_class, ["classes ['Normal']", "two classes", "add a class"]),
+        (move("val/폐렴", "폐렴"), ["'폐렴'", "val", "spelled alike"]),
+        (move("val/ILD", "val/ild"), ["'ILD'", "'ild'", "spelled alike"]),
+        (lambda root: (root / "val" / "gone").symlink_to(root / "nowhere"), ["'gone'", "spelled alike"]),
+        (unicode_less, ["\\udcc6\\udcf3.png", "UTF-8", "unzip"]),
+        (everywhere("I\rLD"), ["train/I\\rLD/slice 0.png", "control characters"]),
+        (everywhere("\x1b[2J"), ["\\x1b[2J", "control characters"]),
+        (move("val/ILD/slice 0.png", "val/ILD/a\nb.png"), ["a\\nb.png", "control characters"]),
+    ],
+)
+def test_folder_that_is_no_data_set(root, spoil, words):
+    spoil(root)
+    with user_error(*words):
+        load_folder(root, strict=False)
+
+
+def test_odd_name_of_the_folder_itself(root):
+    with user_error("set\\udcff", "UTF-8"):
+        load_folder(root.rename(root.parent / "set\udcff"))
+
+
+def test_links_that_lead_nowhere_or_in_a_circle(root):
+    for folder in ("val", "test"):
+        (root / folder / "ILD" / "up").symlink_to(root)  # entered, it would give every slice many times
+    (root / "val" / "ILD" / f"{'폐' * 83}a.png").write_bytes((root / "val" / "ILD" / "slice 0.png").read_bytes())
+    assert len(load_folder(root).slices) == 19
+    (root / "val" / "ILD" / "gone.png").symlink_to(root / "nowhere.png")
+    (root / "val" / "ILD" / "loop.png").symlink_to("loop.png")
+    with user_error("2 unreadable file(s)", "gone.png' (No such file", "loop.png' ("):
         load_folder(root)
-    for split in ("train", "val"):
-        (tmp_path / "empty" / split).mkdir(parents=True)
-    with user_error("0 class folder(s)"):
-        load_folder(tmp_path / "empty")
-
-
-def test_one_class_is_too_few(tmp_path):
-    with user_error("1 class folder(s)", "two classes"):
-        load_folder(write_set(tmp_path / "set", classes=("ILD",)))
-
-
-def test_class_missing_in_one_split(root):
-    shutil.rmtree(root / "val" / "폐렴")
-    with user_error("no class folder '폐렴' in split 'val'", "ILD, Normal, 폐렴"):
+    (root / "nowhere.png").write_bytes((root / "val" / "ILD" / "slice 0.png").read_bytes())
+    (root / "val" / "ILD" / "loop.png").unlink()
+    assert len(load_folder(root).slices) == 20
+    shutil.rmtree(root / "test")
+    (root / "test").symlink_to(root / "nowhere")
+    with pytest.raises(FileNotFoundError, match="test"):  # not: a set without a test split
         load_folder(root)
 
 
-def test_classes_that_differ_by_case(root):
-    (root / "val" / "ILD").rename(root / "val" / "moved")
-    (root / "val" / "moved").rename(root / "val" / "ild")
-    with user_error("classes 'ILD' and 'ild'", "differ only by case", "rename"):
-        load_folder(root)
+BAD_FILES = {"zero.png": "not a picture", "text.png": "not a picture", "one pixel.png": "1 x 1 pixels"}
 
 
-BAD_FILES = {
-    "zero.png": (b"", "zero bytes"),
-    "text.png": (b"this is no picture at all\n", "not a picture"),
-    "one pixel.png": (None, "1 x 1 pixels"),
-}
-
-
-def add_bad(root: Path, name: str) -> Path:
-    file = root / "train" / "Normal" / name
-    if BAD_FILES[name][0] is None:
-        Image.fromarray(np.zeros((1, 1), np.uint8)).save(file)
-    else:
-        file.write_bytes(BAD_FILES[name][0])
-    return file
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_file_that_is_no_slice(root, name):
-    add_bad(root, name)
-    with user_error("1 unreadable file(s)", f"train/Normal/{name}", BAD_FILES[name][1], "check"):
-        load_folder(root)
-    with user_error(name):  # also when the index knows it already
-        load_folder(root)
-    folder = load_folder(root, strict=False)
-    bad = folder.slices[folder.slices["problem"] != ""]
-    assert bad["path"].tolist() == [f"train/Normal/{name}"]
-    assert bad["problem"].item() == BAD_FILES[name][1]
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def test_truncated_picture(root, tmp_path):
-    truncate(root / "val" / "ILD" / "slice 1.png")
-    folder = load_folder(root)  # the header is whole
-    with user_error("1 unreadable file(s)", "val/ILD/slice 1.png", "check"):
-        build_store(folder, 32)
-    assert not files_below(tmp_path / "project" / "data" / "cache" / "store")
+def add_bad(root: Path) -> None:
+    (root / "train" / "Normal" / "zero.png").write_bytes(b"")
+    (root / "train" / "Normal" / "text.png").write_bytes(b"this is no picture at all\n")
+    Image.fromarray(np.zeros((1, 1), np.uint8)).save(root / "train" / "Normal" / "one pixel.png")
 
 
 def test_all_bad_files_are_named_at_once(root):
-    for name in BAD_FILES:
-        add_bad(root, name)
-    with user_error("3 unreadable file(s)", *BAD_FILES):
-        load_folder(root)
+    add_bad(root)
+    for _ in range(2):  # also when the index knows them already
+        with user_error("3 unreadable file(s)", *BAD_FILES, *BAD_FILES.values(), "check"):
+            load_folder(root)
+    slices = load_folder(root, strict=False).slices
+    bad = slices[slices["problem"] != ""]
+    assert dict(zip(bad["path"].str[len("train/Normal/") :], bad["problem"], strict=True)) == BAD_FILES
     for i in range(4):
         (root / "train" / "ILD" / f"bad {i}.png").write_bytes(b"?")
     with user_error("7 unreadable file(s)", "and 2 more"):
         load_folder(root)
 
 
+def test_truncated_picture(root, tmp_path):
+    file = root / "val" / "ILD" / "slice 1.png"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    folder = load_folder(root)  # the header is whole
+    with user_error("1 unreadable file(s)", "val/ILD/slice 1.png", "check"):
+        build_store(folder, 32)
+    assert not stored(tmp_path)
+
+
 def test_picture_of_too_many_pixels(root, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40)
-    Image.fromarray(np.zeros((100, 100), np.uint8)).save(root / "val" / "ILD" / "vast.png")
-    with user_error("vast.png", "bomb"):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30 * 30 // 2)  # twice this is refused
+    with user_error("18 unreadable", "bomb"):
         load_folder(root)
-    with user_error("vast.png", "bomb"):
+    with user_error("18 unreadable", "bomb"):
         build_store(load_folder(root, strict=False), 32)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
-def test_file_name_that_is_not_unicode(root):
-    source = os.fsencode(root / "val" / "ILD" / "slice 1.png")
-    os.rename(source, os.fsencode(root / "val" / "ILD") + b"/\xc6\xf3\xb7\xc5.png")  # Korean as Windows wrote it
-    with user_error("not Unicode", "val/ILD"):
+# --- Patients ---
+
+
+TABLE = "{}\r\ntrain\\ILD\\slice 0.png, p 1 \n./val/ILD/slice 0.png,p2\nonly.png,p3\nslice 1.png,p4\nshort.png\n"
+
+
+@pytest.mark.parametrize("name, header", [("patients.csv", "Path,Patient"), ("c.csv", "\ufefffile , Subject,x")])
+def test_patients_come_from_a_table_at_the_root(root, name, header):
+    (root / "val" / "ILD" / "slice 1.png").rename(root / "val" / "ILD" / "only.png")
+    (root / "a.csv").write_text("colour,weight\nred,5\n")
+    (root / "b.csv").write_bytes(b"\xff\xfe\x00")
+    (root / name).write_text(TABLE.format(header), encoding="utf-8")
+    folder = load_folder(root)
+    known = folder.slices[folder.slices["patient"] != ""].set_index("path")["patient"].to_dict()
+    expected = {"train/ILD/slice 0.png": "p 1", "val/ILD/slice 0.png": "p2", "val/ILD/only.png": "p3"}
+    assert known == expected, "a path, or a file name that occurs once"
+    patients, strays = read_patients(root, folder.slices["path"])
+    assert patients.tolist() == folder.slices["patient"].tolist() and patients.dtype.kind == "U"
+    assert strays == ["short.png", "slice 1.png"]
+    (root / "findings.csv").write_text("path,patient\nonly.png,other\n")
+    first = "p3" if name == "patients.csv" else "other"
+    assert (load_folder(root).slices["patient"] == first).sum() == 1, "patients.csv, then findings.csv, then others"
+
+
+@pytest.mark.parametrize("content", [b"", b"path,doctor\na.png,b\n", b'path,patient\n"a', b"\xff\xfe\x00", None])
+def test_patients_csv_that_cannot_be_read(root, content):
+    (root / "patients.csv").mkdir() if content is None else (root / "patients.csv").write_bytes(content)
+    with user_error("patients.csv", "columns path and patient"):
         load_folder(root)
+    assert (load_folder(root, strict=False).slices["patient"] == "").all()
 
 
 # --- The test split ---
@@ -354,16 +392,27 @@ def test_val_is_halved_where_there_is_no_test(tmp_path):
     assert set(folder.slices["split"]) == {"train", "val"}, "the folder itself was changed"
 
 
-def test_own_test_split_stays(root):
+def test_own_test_split_stays_and_a_single_slice_cannot_be_halved(root):
     folder = load_folder(root)
     assert with_test_split(folder) is folder
-
-
-def test_val_that_cannot_be_halved(tmp_path):
-    root = write_set(tmp_path / "set", splits=("train", "val"))
+    shutil.rmtree(root / "test")
     (root / "val" / "ILD" / "slice 1.png").unlink()
     with user_error("one validation slice", "no test split", "add"):
         with_test_split(load_folder(root))
+
+
+def test_test_split_of_another_set(root, tmp_path):
+    other = load_folder(write_set(tmp_path / "far" / "other", size=(50, 50), per_class=3))
+    joined = with_test_of(load_folder(root), other)
+    assert joined.counts().to_numpy().tolist() == [[2, 2, 3]] * 3
+    assert joined.name == "set, tested on other" and joined.fingerprint != load_folder(root).fingerprint
+    for row in joined.slices.itertuples():
+        assert row.width == (50 if row.split == "test" else 40) and (joined.root / row.path).is_file()
+        assert row.shown.startswith("other/test/" if row.split == "test" else "set/"), "no folder above is named"
+    without = write_set(tmp_path / "a", splits=("train", "val"))
+    for wrong in (without, write_set(tmp_path / "b", classes=("ILD", "Normal"))):
+        with user_error("test slices", wrong.name, "test split"):
+            with_test_of(load_folder(root), load_folder(wrong))
 
 
 # --- The store ---
@@ -392,7 +441,7 @@ def test_store_is_decoded_once_for_each_size(root, monkeypatch):
     folder = load_folder(root)
     calls = count_calls(monkeypatch, data, "read_small")
     first = build_store(folder, 32)
-    assert len(calls) == 18 and len({args[0] for args in calls}) == 18
+    assert len(calls) == 18 and len(set(calls)) == 18
     assert np.array_equal(build_store(folder, 32), first)
     assert np.array_equal(build_store(with_test_split(load_folder(root)), 32), first)
     assert len(calls) == 18, "a slice was decoded twice"
@@ -400,18 +449,13 @@ def test_store_is_decoded_once_for_each_size(root, monkeypatch):
     assert len(calls) == 36
 
 
-def test_store_is_mapped_and_cannot_be_changed(root):
-    store = build_store(load_folder(root), 32)
-    assert isinstance(store, np.memmap), "100,000 slices would not fit into memory"
-    with pytest.raises(ValueError, match="read-only"):
-        store[0] = 0
-
-
 def test_rows_stay_in_order_with_many_workers(root, monkeypatch):
     real = data.read_small
     monkeypatch.setattr(data, "read_small", lambda *args: time.sleep(0.01 * np.random.rand()) or real(*args))
     folder = load_folder(root)
     store = build_store(folder, 40, workers=8)
+    assert isinstance(store, np.memmap), "100,000 slices would not fit into memory"
+    assert not store.flags.writeable, "a notebook could change the store for all others"
     for row, path in enumerate(folder.slices["path"]):
         assert np.array_equal(store[row], read_small(root / path, 40)), path
 
@@ -423,87 +467,26 @@ def test_failed_build_leaves_nothing(root, tmp_path, monkeypatch):
     def fail_late(path, size):
         calls.append(path)
         if len(calls) > 10:
+            assert all(name.startswith(".tmp-") for name in stored(tmp_path)), "half a store under its real name"
             raise RuntimeError("boom")
         return real(path, size)
 
     monkeypatch.setattr(data, "read_small", fail_late)
     with pytest.raises(RuntimeError, match="boom"):
         build_store(folder, 32)
-    assert not files_below(tmp_path / "project" / "data" / "cache" / "store")
+    assert not stored(tmp_path)
     monkeypatch.setattr(data, "read_small", real)
     assert len(build_store(folder, 32)) == 18
-
-
-def test_full_disk_while_building_is_one_message(root, tmp_path, monkeypatch):
-    class Full:
-        def __init__(self, *args):
-            self.file, self.written = open(*args), 0
-
-        def write(self, content):
-            self.written += len(content)
-            if self.written > 5000:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            return self.file.write(content)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-    folder = load_folder(root)
-    monkeypatch.setattr(data, "open", Full, raising=False)
-    with user_error("full disk", "free some space"):
-        build_store(folder, 32)
-    assert not files_below(tmp_path / "project" / "data" / "cache" / "store")
-    monkeypatch.delattr(data, "open")
-    assert len(build_store(folder, 32)) == 18
-
-
-KILLED = """
-import sys, time
-from pathlib import Path
-from ctutils import data
-real, cache = data.read_small, Path(sys.argv[2])
-def slow(path, size):
-    if "/val/" in path.as_posix():
-        print("half", flush=True)
-        time.sleep(60)
-    return real(path, size)
-data.read_small = slow
-data.build_store(data.load_folder(sys.argv[1], cache=cache), 32, cache=cache, workers=1)
-"""
-
-
-def test_killed_build_is_as_if_it_had_not_begun(root, tmp_path):
-    cache = tmp_path / "cache"
-    command = [sys.executable, "-c", KILLED, str(root), str(cache)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(data.__file__).parents[1]) as process:
-        assert process.stdout.readline().strip() == b"half"
-        process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
-    left = list((cache / "store").iterdir())
-    assert [file.name[:5] for file in left] == [".tmp-"], "a half store stands under its real name"
-    folder = load_folder(root, cache=cache)
-    store = build_store(folder, 32, cache=cache)
-    for row, path in enumerate(folder.slices["path"]):
-        assert np.array_equal(store[row], read_small(root / path, 32))
-    assert left[0].exists(), "it may belong to another notebook that is still at work"
-    os.utime(left[0], (time.time() - 3600,) * 2)
-    build_store(folder, 28, cache=cache)
-    assert left[0].exists(), "a large set takes more than an hour"
-    os.utime(left[0], (time.time() - 100_000,) * 2)
-    build_store(folder, 24, cache=cache)
-    assert not left[0].exists(), "a day later nobody is at work on it"
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "other"])
 def test_damaged_store_is_made_again(root, tmp_path, damage):
     folder = load_folder(root)
     expected = build_store(folder, 32).copy()
-    file = next((tmp_path / "project").rglob("store/*.npy"))
+    file = next((tmp_path / "project").rglob("store/*.u8"))
     content = file.read_bytes()
     if damage == "other":
-        np.save(file, np.zeros((3, 32, 32), np.uint8))
+        file.write_bytes(b"more" + content)
     else:
         file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
     assert np.array_equal(build_store(folder, 32), expected)
@@ -539,13 +522,6 @@ def test_image_batches(root):
     torch.testing.assert_close(images, (grey - mean) / std)
 
 
-def test_set_without_test_has_two_loaders(tmp_path):
-    folder = load_folder(write_set(tmp_path / "set", splits=("train", "val")))
-    store = build_store(folder, 32)
-    assert list(make_loaders(folder, store)) == ["train", "val"]
-    assert list(feature_loaders(folder, torch.zeros(12, 2))) == ["train", "val"]
-
-
 def test_shuffling_depends_on_torchs_seed_alone(tmp_path):
     folder = load_folder(write_set(tmp_path / "set", per_class=8))
     store = build_store(folder, 32)
@@ -571,6 +547,16 @@ def test_shuffling_depends_on_torchs_seed_alone(tmp_path):
     assert order(on_features["val"], 3)[0].equal(order(on_features["val"], 4)[0])
 
 
+def test_one_view_of_a_training_slice_is_drawn(root):
+    folder = load_folder(root)
+    features = torch.arange(18.0)[:, None]
+    views = torch.stack([100 * k + features[:6] for k in range(4)])
+    loaders = feature_loaders(folder, features, batch_size=4, views=views)
+    seen = torch.cat([inputs for _ in range(20) for inputs, _ in loaders["train"]])[:, 0].long()
+    assert set((seen // 100).tolist()) == {0, 1, 2, 3} and set((seen % 100).tolist()) == set(range(6))
+    assert torch.cat([inputs for inputs, _ in loaders["val"]]).equal(features[folder.rows("val")])
+
+
 def test_store_of_another_set(root):
     folder = load_folder(root)
     with user_error("5 decoded slices", "18"):
@@ -590,38 +576,23 @@ def test_only_training_slices_are_augmented(root):
 # --- The default set, and a real one ---
 
 
-def test_default_set_is_made_on_first_use(monkeypatch, tmp_path):
-    phantom = pytest.importorskip("ctutils.phantom")
-    asked = []
-
-    def write(out, **options):
-        asked.append(options)
-        return out if Path(out).exists() else write_set(Path(out))
-
-    monkeypatch.setattr(phantom, "write_dataset", write)
-    settings = config.get_settings()
-    folder = default_folder(settings)
-    assert folder.root == settings.data_dir and len(folder.slices) == 18
-    size = settings.profile
-    assert asked == [{"train": size.train, "val": size.val, "test": size.test, "seed": settings.seed}]
-    assert files_below(settings.cache_dir), "the index belongs into the settings' cache"
-    monkeypatch.setenv("CT_DATA", str(write_set(tmp_path / "mine")))
-    assert default_folder(config.get_settings()).name == "mine" and len(asked) == 1
-    monkeypatch.setenv("CT_DATA", str(tmp_path / "none"))
-    with user_error("no folder", "CT_DATA"):
-        default_folder(config.get_settings())
-
-
-def test_shortcut_set_stands_beside_the_cache(monkeypatch):
+def test_synthetic_sets_are_made_on_first_use(monkeypatch, tmp_path):
     phantom = pytest.importorskip("ctutils.phantom")
     asked = []
     monkeypatch.setattr(phantom, "write_dataset", lambda out, **given: asked.append(given) or write_set(Path(out)))
     settings = config.get_settings()
-    folder = shortcut_folder(settings)
-    assert folder.root.parent == settings.cache_dir.parent and folder.root != settings.data_dir
     size = settings.profile
-    counts = {"train": size.train, "val": size.val, "test": size.test}
-    assert asked == [{**counts, "seed": settings.seed, "shortcut": "sharpness"}]
+    counts = {"train": size.train, "val": size.val, "test": size.test, "seed": settings.seed}
+    assert default_folder(settings).root == settings.data_dir and asked == [counts]
+    assert files_below(settings.cache_dir), "the index belongs into the settings' cache"
+    shortcut = shortcut_folder(settings)
+    assert shortcut.root == settings.cache_dir.parent / "synthetic_shortcut_quick", "each profile has its own"
+    assert asked[1:] == [{**counts, "shortcut": "sharpness"}]
+    monkeypatch.setenv("CT_DATA", str(write_set(tmp_path / "mine")))
+    assert default_folder(config.get_settings()).name == "mine" and len(asked) == 2
+    monkeypatch.setenv("CT_DATA", str(tmp_path / "none"))
+    with user_error("no folder", "CT_DATA"):
+        default_folder(config.get_settings())
 
 
 @needs_real_ct

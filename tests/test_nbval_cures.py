@@ -68,29 +68,23 @@ def write_notebook(path, cells):
 @pytest.fixture(scope="module")
 def outcome(tmp_path_factory):
     """All notebooks above, run once: {"name::Cell 0": ("passed" | "failed" | "skipped", message)}."""
-    folder = tmp_path_factory.mktemp("note books")
+    folder = tmp_path_factory.mktemp("note books")  # not the project's: the sanitize file must be found all the same
     for name, cells in CELLS.items():
         write_notebook(folder / f"{name}.ipynb", cells)
     report = folder / "report.xml"
     shell = {"PYTHONPATH": str(ROOT / "notebooks"), "MPLBACKEND": "Agg"}
     shell |= {"CT_DATA": "leaks", "CT_PROGRESS": "0", "CT_PROFILE": "full"}
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "conftest", "-c", str(ROOT / "pyproject.toml")]
-        + ["-p", "no:cacheprovider", f"--junitxml={report}", "--nbval-cell-timeout=60", "."],
-        cwd=folder,  # not the project's: the sanitize file must be found all the same
-        env=os.environ | shell,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    command = [sys.executable, "-m", "pytest", "-p", "conftest", "-c", str(ROOT / "pyproject.toml")]
+    command += ["-p", "no:cacheprovider", f"--junitxml={report}", "--nbval-cell-timeout=60", "."]
+    options = {"capture_output": True, "text": True, "timeout": 180}
+    run = subprocess.run(command, cwd=folder, env=os.environ | shell, **options)
     assert report.exists(), run.stdout + run.stderr
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
-        notebook = case.get("classname").split(".")[-2]
         fault = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         state = "passed" if fault is None else "skipped" if fault.tag == "skipped" else "failed"
         message = "" if fault is None else f"{fault.get('message')} {fault.text}"
-        outcomes[f"{notebook}::{case.get('name')}"] = (state, message)
+        outcomes[f"{case.get('classname').split('.')[-2]}::{case.get('name')}"] = (state, message)
     assert len(outcomes) == sum(map(len, CELLS.values())), run.stdout
     return outcomes
 
@@ -99,34 +93,28 @@ def at(name):
     return f"plain::Cell {list(PLAIN).index(name)}"
 
 
-@pytest.mark.parametrize("name", sorted(PLAIN.keys() - {"differs", "counts_differ"}))
-def test_passes(outcome, name):
-    assert outcome[at(name)] == ("passed", "")
-
-
-def test_outputs_are_read_while_a_cell_runs(outcome):
-    assert outcome["flood::Cell 0"] == ("passed", "")
-
-
-def test_outputs_may_come_more_than_5_s_after_the_reply(outcome):
-    assert outcome["slow_output::Cell 0"] == ("passed", "")
+@pytest.mark.parametrize(
+    "cell",
+    [
+        *(at(name) for name in sorted(PLAIN.keys() - {"differs", "counts_differ"})),
+        "flood::Cell 0",  # outputs are read while a cell runs
+        "slow_output::Cell 0",  # outputs may come more than 5 s after the reply
+    ],
+)
+def test_passes(outcome, cell):
+    assert outcome[cell] == ("passed", "")
 
 
 @pytest.mark.parametrize(
-    "cell, message",
+    "cell, state, message",
     [
-        (at("differs"), "Cell outputs differ"),
-        (at("counts_differ"), "Cell outputs differ"),  # the sanitize patterns leave counts alone
-        ("error::Cell 0", "ZeroDivisionError"),
-        ("dead::Cell 0", "The kernel died"),  # at once, not at the cell timeout
+        (at("differs"), "failed", "Cell outputs differ"),
+        (at("counts_differ"), "failed", "Cell outputs differ"),  # the sanitize patterns leave counts alone
+        ("error::Cell 0", "failed", "ZeroDivisionError"),
+        ("error::Cell 1", "skipped", "Cell 0 of this notebook failed"),
+        ("dead::Cell 0", "failed", "The kernel died"),  # at once, not at the cell timeout
+        ("dead::Cell 1", "skipped", "Cell 0 of this notebook failed"),
     ],
 )
-def test_fails(outcome, cell, message):
-    state, found = outcome[cell]
-    assert state == "failed" and message in found, found
-
-
-@pytest.mark.parametrize("cell", ["error::Cell 1", "dead::Cell 1"])
-def test_rest_is_skipped_after_an_error(outcome, cell):
-    state, message = outcome[cell]
-    assert state == "skipped" and "Cell 0 of this notebook failed" in message
+def test_fails_and_the_rest_is_skipped(outcome, cell, state, message):
+    assert outcome[cell][0] == state and message in outcome[cell][1], outcome[cell]

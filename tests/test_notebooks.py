@@ -88,14 +88,12 @@ def check_notebook(path: Path) -> list[str]:
 
 def test_notebooks_are_numbered_without_a_gap():
     numbers = [path.name.split("_")[0] for path in NOTEBOOKS]
-    assert numbers == [f"{n:02d}" for n in range(len(numbers))]
-    assert len(numbers) >= 10, "the course has at least the notebooks 00 to 09"
+    assert numbers == [f"{n:02d}" for n in range(max(len(numbers), 10))]  # 00 to 09 at least
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path):
-    wrong = check_notebook(path)
-    assert not wrong, f"{path.name}:\n" + "\n".join(wrong)
+    assert check_notebook(path) == []
 
 
 # ---------------------------------------------------------------- the checks themselves
@@ -106,23 +104,17 @@ def good(tmp_path):
     """A notebook without a fault, the path to write it to, and a function that checks it."""
     path = tmp_path / "05_mobilenet_v3.ipynb"
     picture = new_output("display_data", data={"image/png": "aGFsbG8/home/x", "text/plain": "<Figure>"})
+    ignored = {"tags": ["nbval-ignore-output"]}
     cells = [
         new_markdown_cell("# 05 - MobileNetV3\n\nNot for clinical use. [Next](05_mobilenet_v3.ipynb#end)"),
-        new_code_cell(
-            "%matplotlib inline\nimport torch\nprint('Class A:\\n')", metadata={"tags": ["nbval-ignore-output"]}
-        ),
+        new_code_cell("%matplotlib inline\nimport torch\nprint('Class A:\\n')", metadata=ignored),
         new_code_cell("print('and/or', './tmp/x', 'https://x.org/home/')"),
         new_code_cell("for n in [1]:\n    assert n == 1, n", outputs=[picture]),
     ]
     for count, cell in enumerate(cells[1:], start=1):
         cell.execution_count = count
     notebook = new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
-
-    def check():
-        nbformat.write(notebook, path)
-        return check_notebook(path)
-
-    return notebook, check
+    return notebook, lambda: nbformat.write(notebook, path) or check_notebook(path)
 
 
 def test_checks_let_a_good_notebook_pass(good):
@@ -130,17 +122,11 @@ def test_checks_let_a_good_notebook_pass(good):
 
 
 def set_title(text):
-    def change(notebook):
-        notebook.cells[0].source = text + "\nnot for clinical use"
-
-    return change
+    return lambda notebook: notebook.cells[0].update(source=text + "\nnot for clinical use")
 
 
 def set_source(text):
-    def change(notebook):
-        notebook.cells[2].source = text
-
-    return change
+    return lambda notebook: notebook.cells[2].update(source=text)
 
 
 def add_output(output):

@@ -1,58 +1,42 @@
 """runs: a record is complete, checked, written as a whole, and by one run at a time."""
 
-import builtins
 import errno
-import json
 import os
-import socket
 import subprocess
 import sys
-import threading
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from helpers import files_below, user_error
 
-from ctutils import metrics, runs
-from ctutils.base import CTError
-from ctutils.runs import claim, list_runs, load_run, new_record, save_run
+from ctutils import runs
+from ctutils.plan import Plan
+from ctutils.runs import claim, list_runs, load_run, predictions_table, save_run
 
-CLASSES = ["ILD", "Normal", "폐렴"]
-
-
-def make_record(**changes):
-    fields = {
-        "data": {
-            "name": "tiny",
+CLASSES = ["ILD", "file:x", "폐렴"]
+RECORD = {
+    "plan": Plan("resnet50", data="/data/hospital/lungs", epochs=2, batch_size=4, size=64, weights="random").to_json(),
+    "data": {
+        **{
+            "name": "lungs from /data/hospital",
             "kind": "synthetic",
             "fingerprint": "f0",
-            "counts": {},
-            "test_from_val": False,
+            "counts": {"val": {"ILD": 2}},
         },
-        "classes": CLASSES,
-        "profile": "quick",
-        "backbone": "resnet50",
-        "weights": {"kind": "random", "source": "none", "sha256": None, "note": ""},
-        "bn": "frozen",
-        "standardised": True,
-        "trained": "head",
-        "augment": None,
-        "seed": 0,
-        "optimizer": {"name": "adam", "lr": 1e-3},
-        "scheduler": {"name": "step"},
-        "epochs": 2,
-        "batch_size": 4,
-        "image_size": 32,
-        "precision": "float32",
-        "device": "cpu",
-        "seconds": {"features": 1.0, "train": 2.0, "total": 3.0},
-        "parameters": {"trained": 3, "frozen": 5},
-        "best_epoch": 1,
-        "scores": {"val": {"macro_f1": 0.5}},
-    }
-    return new_record(**{**fields, **changes})
+        **{"test_from_val": False, "shortcut": None, "patients": None},
+        "window": {"level": -600, "width": 1500.0, "unit": "HU"},
+    },
+    **{"classes": CLASSES, "profile": "quick", "device": "cpu", "bn": "adapt", "standardised": True, "trained": "head"},
+    "weights": {"kind": "random", "source": "random, seed 0", "sha256": "ab", "note": "", "seed": 0},
+    **{"precision": "float32", "lr": 1e-3, "lr_range": None, "at_once": None, "best_epoch": 1, "interrupted": False},
+    "parameters": {"trained": 3, "frozen": 5},
+    "seconds": {"features": 1, "train": 2.0, "total": 3.0},
+    "scores": {"val": {"macro_f1": 0.5}},
+}
 
 
 def make_history(epochs=2):
@@ -60,23 +44,25 @@ def make_history(epochs=2):
     return pd.DataFrame({**table, "epoch": range(1, epochs + 1)})
 
 
-def make_predictions(seed=0, per_split=6):
-    rng = np.random.default_rng(seed)
-    rows = 2 * per_split
-    scores = rng.dirichlet(np.ones(3), rows).astype(np.float32)
+def make_predictions(patients=False):
+    scores = np.random.default_rng(0).dirichlet(np.ones(3), 12)
     table = pd.DataFrame(
         {
-            "path": [f"{'val' if i < per_split else 'test'}/한글 폴더/slice {i}.png" for i in range(rows)],
-            "split": ["val"] * per_split + ["test"] * per_split,
-            "label": np.arange(rows) % 3,
+            "path": [f"{'val' if i < 6 else 'test'}/한글 폴더/slice {i}.png" for i in range(12)],
+            "split": ["val"] * 6 + ["test"] * 6,
+            "label": np.arange(12) % 3,
         }
     )
+    if patients:
+        table["patient"] = [f"{i:03}" if i % 5 else "" for i in range(12)]
     return table.join(pd.DataFrame(scores, columns=[f"p_{name}" for name in CLASSES]))
 
 
-def save(folder, **changes):
-    given = {"record": make_record(), "history": make_history(), "predictions": make_predictions()}
-    return save_run(folder, **{**given, **changes})
+def save(folder, tensors=None, history=None, predictions=None, **changes):
+    history = make_history() if history is None else history
+    return save_run(
+        folder, RECORD | changes, history, make_predictions() if predictions is None else predictions, tensors
+    )
 
 
 @pytest.fixture
@@ -84,368 +70,223 @@ def folder(tmp_path):
     return tmp_path / "실행 기록" / "resnet50 시드0"
 
 
-def leftovers(folder):
-    return sorted(path.name for path in folder.parent.iterdir() if path != folder)
+def content(folder):
+    return {name: (folder / name).read_bytes() for name in files_below(folder)}
 
 
-def test_round_trip_is_exact(folder):
-    tensors = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3), "count": np.int64(7)}
-    predictions = make_predictions()
-    assert save(folder, predictions=predictions, tensors=tensors) == folder
+@pytest.mark.parametrize("patients", [False, True])
+def test_round_trip_is_exact(folder, patients):
+    predictions = make_predictions(patients)
+    tensors = {"weight": torch.arange(6.0).reshape(2, 3)}
+    assert save(folder, tensors, predictions=predictions, versions={"x": "1"}) == folder
+    assert files_below(folder.parent) == [
+        f"{folder.name}/{name}" for name in ("head.safetensors", "history.csv", "predictions.csv", "run.json")
+    ], "nothing temporary is left"
     run = load_run(folder)
-    assert run.name == folder.name == run.record["name"]
-    assert run.classes == tuple(CLASSES) and run.splits == ("val", "test")
+    assert (run.name, run.classes, run.splits) == (folder.name, tuple(CLASSES), ("val", "test"))
+    assert run.plan == Plan("resnet50", data="lungs", epochs=2, batch_size=4, size=64, weights="random")
+    assert {key: run.record[key] for key in RECORD} == RECORD
+    assert run.record["created"].endswith("+00:00") and run.record["rows"] == {"history": 2, "predictions": 12}
     np.testing.assert_array_equal(run.y_true("test"), predictions["label"][6:])
     assert run.y_true("test").dtype == np.int64
     stored = predictions[[f"p_{name}" for name in CLASSES]].to_numpy()[6:]
-    np.testing.assert_array_equal(run.y_score("test").astype(np.float32), stored)
-    assert run.tensors_path == folder / "head.safetensors"
-    back = run.load_tensors()
-    np.testing.assert_array_equal(back["weight"], tensors["weight"])
-    assert back["count"].shape == () and back["count"] == 7
-    assert leftovers(folder) == []  # no lock, no temporary folder
+    np.testing.assert_allclose(run.y_score("test"), stored, rtol=1e-7)
+    assert (
+        (run.patients("val").tolist() == ["", "001", "002", "003", "004", ""]) if patients else not run.patients("val")
+    )
+    np.testing.assert_array_equal(run.load_tensors()["weight"], tensors["weight"].numpy())
+    assert run.record["versions"] == {"x": "1"} and len(run.record["git_commit"] or "0" * 40) == 40
+    with user_error("no 'train' predictions", "val, test"):
+        run.y_true("train")
 
 
-def test_torch_tensors_are_stored(folder):
-    torch = pytest.importorskip("torch")
-    tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.ones(2, dtype=torch.bfloat16)}
-    save(folder, tensors=tensors, tensors_name="model.safetensors")
-    run = load_run(folder)
-    assert run.tensors_path.name == "model.safetensors"
-    np.testing.assert_array_equal(run.load_tensors()["a"], tensors["a"].numpy())
-    np.testing.assert_array_equal(run.load_tensors()["b"], np.ones(2))
+def test_numpy_values_and_nan_become_plain(folder):
+    scores = {"val": {"macro_f1": np.float64(0.5), "low": float("nan"), "per_class": np.array([0.5, np.inf])}}
+    record = load_run(save(folder, best_epoch=np.int64(1), classes=tuple(CLASSES), scores=scores)).record
+    assert record["best_epoch"] == 1 and record["classes"] == CLASSES
+    assert record["scores"]["val"] == {"macro_f1": 0.5, "low": None, "per_class": [0.5, None]}
 
 
-def test_runs_does_not_import_torch():
-    code = "import sys, ctutils.runs; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-def test_a_class_may_be_called_na_and_keep_its_rows(tmp_path):
-    predictions = make_predictions().rename(columns={"p_ILD": "p_NA"})
-    predictions["path"] = [f"NA/{i}" for i in range(len(predictions) - 1)] + ["NA"]
-    save(tmp_path / "r", record=make_record(classes=["NA", *CLASSES[1:]]), predictions=predictions)
-    assert load_run(tmp_path / "r").predictions["path"].iloc[-1] == "NA"
-
-
-def test_new_record_fills_in_and_makes_plain():
-    record = make_record(seed=np.int64(3), best_epoch=np.float64("nan"), classes=tuple(CLASSES))
-    assert record["seed"] == 3 and type(record["seed"]) is int and record["best_epoch"] is None
-    assert record["classes"] == CLASSES
-    assert record["created"].endswith("+00:00")
-    assert set(record["versions"]) == {"python", "torch", "torchvision", "numpy"}
-    assert record["versions"]["numpy"] == np.__version__
-    json.dumps(record, allow_nan=False)
-
-
-def test_git_commit_is_none_outside_git(monkeypatch):
-    def no_git(*args, **kwargs):
-        raise FileNotFoundError("git")
-
-    monkeypatch.setattr(runs.subprocess, "run", no_git)
-    assert make_record()["git_commit"] is None
-
-
-def test_new_record_names_what_is_missing():
-    with pytest.raises(CTError, match=r"data\.kind"):
-        make_record(data={"name": "x", "fingerprint": "f", "counts": {}, "test_from_val": False})
-    with pytest.raises(CTError, match="profile"):
-        new_record(seed=0)
-    with pytest.raises(CTError, match="weights as an object"):
-        make_record(weights="random")
-    with pytest.raises(CTError, match="two or more"):
-        make_record(classes=["Normal"])
-
-
-@pytest.mark.parametrize("text", ["/home/kim/x.pth", "read from /data/w.pth", "C:\\x\\y.pth", "file:///a", "\\\\pc\\x"])
-def test_absolute_paths_are_refused(text):
-    weights = {"kind": "folder", "source": text, "sha256": None, "note": ""}
-    with pytest.raises(CTError, match="absolute path"):
-        make_record(weights=weights)
-
-
-@pytest.mark.parametrize("text", ["https://download.pytorch.org/x.pth", "train/val 50 / 50", "weights/x.pth", "n/a"])
-def test_other_texts_pass(text):
-    make_record(weights={"kind": "folder", "source": text, "sha256": None, "note": ""})
-
-
-@pytest.mark.parametrize(
-    "change, text",
-    [
-        (lambda t: t.drop(columns="p_ILD"), "p_ILD"),
-        (lambda t: t.assign(label=9), "label"),
-        (lambda t: t.assign(p_ILD=np.nan), "probabilities"),
-        (lambda t: t.assign(p_ILD=5.0), "probabilities"),
-        (lambda t: t.assign(path="/abs/" + t["path"]), "absolute"),
-        (lambda t: t.assign(path="same"), "twice"),
-        (lambda t: t.iloc[:0], "without a row"),
-    ],
-)
-def test_bad_predictions_are_refused_before_anything_is_written(folder, change, text):
-    with pytest.raises(CTError, match=text):
-        save(folder, predictions=change(make_predictions()))
+def test_a_record_that_could_not_be_read_is_not_written(folder):
+    for changes, word in (
+        ({"plan": {}}, "plan"),
+        ({"data": RECORD["data"] | {"window": {"level": 3}}}, "data.window"),
+        ({"classes": ["Normal"]}, "classes"),
+        ({"weights": "random"}, "weights"),
+        ({"lr": "range"}, "lr"),
+    ):
+        with user_error("the new record", word):
+            save(folder, **changes)
     assert not folder.exists()
 
 
-def test_bad_history_and_tensors_name(folder):
-    with pytest.raises(CTError, match="lr"):
-        save(folder, history=make_history().drop(columns="lr"))
-    with pytest.raises(CTError, match="without a row"):
-        save(folder, history=make_history(0))
-    with pytest.raises(CTError, match="weights.bin"):
-        save(folder, tensors={}, tensors_name="weights.bin")
-
-
 def test_a_new_record_replaces_the_older_one(folder):
-    save(folder, tensors={"a": np.ones(2)}, tensors_name="model.safetensors")
-    save(folder, record=make_record(seed=5))
+    save(folder, {"a": torch.ones(2)}, trained="all")
+    assert load_run(folder).tensors_path.name == "model.safetensors"
+    save(folder, best_epoch=2)
     run = load_run(folder)
-    assert run.record["seed"] == 5 and run.tensors_path is None
-    assert leftovers(folder) == []
-    with pytest.raises(CTError, match="no weights"):
+    assert run.record["best_epoch"] == 2 and run.tensors_path is None
+    with user_error("no weights in the record"):
         run.load_tensors()
 
 
-@pytest.mark.parametrize("part", ["predictions.csv", "head.safetensors"])
+@pytest.mark.parametrize("part", ["run.json", "predictions.csv", "head.safetensors"])
 def test_a_full_disk_loses_nothing(folder, monkeypatch, part):
-    save(folder, tensors={"a": np.zeros(3)})
+    save(folder, {"a": torch.zeros(3)})
+    before = content(folder)
 
-    def full(*args, **kwargs):
+    def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if part == "predictions.csv":
         monkeypatch.setattr(pd.DataFrame, "to_csv", full)
+    elif part == "run.json":
+        monkeypatch.setattr(runs, "write_json", full)
     else:
-        monkeypatch.setattr(runs.Path, "write_bytes", full)
-    with pytest.raises(CTError, match="full disk"):
-        save(folder, record=make_record(seed=5), tensors={"a": np.ones(3)})
-    monkeypatch.undo()
-    assert load_run(folder).record["seed"] == 0
-    np.testing.assert_array_equal(load_run(folder).load_tensors()["a"], np.zeros(3))
-    assert leftovers(folder) == []
+        monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(folder, {"a": torch.ones(3)}, best_epoch=2)
+    assert content(folder) == before
 
 
-@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs the device /dev/full")
-def test_a_really_full_device(folder, monkeypatch):
-    real_open = builtins.open
-    to_csv = pd.DataFrame.to_csv
+@pytest.mark.parametrize("number", range(6))
+def test_a_save_killed_between_two_files_shows_as_damaged(folder, monkeypatch, number):
+    """After any number of renames: the older record, the new one, or one that says: train this run again."""
+    save(folder, {"a": torch.zeros(3)})
+    done, real = [], os.replace
 
-    def to_full(self, path, **options):
-        with real_open("/dev/full", "w", encoding="utf-8") as file:
-            to_csv(self, file, index=False)
+    def killed(*args):
+        if len(done) == number:
+            raise KeyboardInterrupt
+        done.append(real(*args))
 
-    monkeypatch.setattr(pd.DataFrame, "to_csv", to_full)
-    with pytest.raises(CTError, match="full disk"):
-        save(folder)
-    assert leftovers(folder) == []
-
-
-def test_a_folder_that_may_not_be_written(folder, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    monkeypatch.setattr(runs.os, "open", refuse)
-    with pytest.raises(CTError, match="may not be written"):
-        save(folder)
-
-
-def test_a_failing_last_rename_brings_the_older_record_back(folder, monkeypatch):
-    save(folder)
-    rename = os.rename
-
-    def break_second(source, target):
-        if str(source).endswith(f".tmp-{folder.name}"):
-            raise OSError(errno.EIO, "broken")
-        rename(source, target)
-
-    monkeypatch.setattr(runs.os, "rename", break_second)
-    with pytest.raises(OSError, match="broken"):
-        save(folder, record=make_record(seed=5))
-    monkeypatch.undo()
-    assert leftovers(folder) == []
-    assert load_run(folder).record["seed"] == 0
-
-
-def test_a_save_killed_between_the_renames_is_mended(folder):
-    save(folder)
-    os.rename(folder, folder.with_name(f".old-{folder.name}"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs.os, "replace", killed)
+        save(folder, {"a": torch.ones(3)}, best_epoch=2)
+        raise KeyboardInterrupt
     found, problems = list_runs(folder.parent)
-    assert [run.name for run in found] == [folder.name] and not problems
-    assert leftovers(folder) == []
+    assert [run.record["best_epoch"] for run in found] == ([1] if number == 0 else [2] if number == 5 else [])
+    assert len(found) + len(problems) == 1
+    save(folder, best_epoch=2)
+    assert load_run(folder).record["best_epoch"] == 2, "what a killed save left behind is replaced"
 
 
-def test_a_second_run_is_refused_while_the_first_holds_the_record(folder):
+def test_files_of_the_user_stop_a_record_and_stay(folder):
+    save(folder)
+    for name in ("notes.md", "figures/a.png", ".secret"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+        before = content(folder)
+        with user_error("something else than a run record", name.split("/")[0], "left as it was"):
+            save(folder)
+        assert content(folder) == before
+        (folder / name).unlink()
+        if "/" in name:
+            (folder / name).parent.rmdir()
+    (folder / ".DS_Store").write_text("came by itself")
+    save(folder)
+    thesis = folder.with_name("thesis.txt")
+    thesis.write_text("three years of work")
+    with user_error("something else than a run record"):
+        save(thesis)
+    assert thesis.read_text() == "three years of work"
+
+
+# ---------------------------------------------------------------- one at a time
+
+
+def test_a_second_process_is_refused_and_a_dead_one_is_no_hindrance(folder):
     code = "import sys, ctutils.runs as r\nwith r.claim(sys.argv[1]): print('ok', flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    ) as other:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code, str(folder)], env=env, **pipes) as other:
         assert other.stdout.readline() == "ok\n"
-        with pytest.raises(CTError, match=f"process {other.pid}"):
-            save(folder)
-        assert not folder.exists()
-        other.kill()  # its lock stays behind, and is taken over
+        for _ in range(2):  # asking again takes nothing away
+            with user_error("held by another run", "choose another name"), claim(folder):
+                pass
+        other.kill()  # its lock file stays behind
         other.wait()
-        assert folder.with_name(folder.name + ".lock").exists()
-        save(folder)
-    assert leftovers(folder) == []
-
-
-def test_another_thread_is_refused_and_the_same_thread_is_not(folder):
-    caught = []
-
-    def second():
-        try:
-            save(folder)
-        except CTError as error:
-            caught.append(error)
-
     with claim(folder):
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join()
-        assert len(caught) == 1 and "held by" in str(caught[0])
-        save(folder)  # the holder itself
-        assert folder.with_name(folder.name + ".lock").exists()  # still held after the inner save
-    assert leftovers(folder) == []
+        save(folder)
+    assert [run.name for run in list_runs(folder.parent)[0]] == [folder.name], "lock files are no records"
+
+
+def test_a_claim_holds_against_threads_and_ends_with_its_block(folder):
+    def second():
+        with ThreadPoolExecutor(1) as pool, pool.submit(claim, folder).result():
+            pass
+
+    with pytest.raises(KeyboardInterrupt), (held := claim(folder)):
+        with user_error("held by another run"):
+            second()
+        raise KeyboardInterrupt
+    with claim(folder):
+        assert held, "a failed run frees its name"
+
+
+# ---------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("part", runs.RECORD_FILES[0:1] + runs.RECORD_FILES[2:])
+@pytest.mark.parametrize("how", ["missing", "zero", "cut", "binary", "deep"])
+def test_a_corrupt_part_is_named_and_the_others_are_listed(tmp_path, part, how):
+    save(tmp_path / "good")
+    bad = save(tmp_path / "bad", {"a": torch.ones(100)}) / part
+    whole = bad.read_bytes()
+    damage = {"zero": b"", "cut": whole[: len(whole) // 2], "binary": bytes(range(256)) * 4, "deep": b"[" * 10**5}
+    bad.unlink()
+    if how != "missing":
+        bad.write_bytes(damage[how])
+    found, problems = list_runs(tmp_path)
+    if part == "head.safetensors":  # weights are optional, and read when they are needed
+        assert len(found) == 2 and not problems
+        with user_error("no weights" if how == "missing" else part):
+            found[0].load_tensors()
+        return
+    assert [run.name for run in found] == ["good"]
+    assert len(problems) == 1 and problems[0].startswith("bad: Found") and part in problems[0]
 
 
 @pytest.mark.parametrize(
-    "content, seconds_old, taken",
+    ("change", "words"),
     [
-        ({"pid": 2**22 + 1, "host": socket.gethostname()}, 0, True),  # no such process
-        ({"pid": os.getppid(), "host": socket.gethostname()}, 0, False),  # lives
-        ({"pid": os.getpid(), "host": socket.gethostname()}, 0, True),  # our pid, but not our claim
-        ({"pid": 2**22 + 1, "host": "another-machine"}, 9999, False),  # cannot be known
-        (None, 0, False),  # just being written
-        (None, 60, True),  # its owner died while writing
+        (lambda t: t.drop(columns="p_ILD"), "p_ILD"),
+        (lambda t: t.assign(label=9), "label that is not 0 to 2"),
+        (lambda t: t.assign(label="x"), "'x'"),
+        (lambda t: t.assign(p_ILD=np.nan), "float"),
+        (lambda t: t.assign(p_ILD=5.0), "sum to 1"),
+        (lambda t: t.assign(p_ILD=-1.0, **{"p_file:x": 2.0, "p_폐렴": 0.0}), "below 0"),
+        (lambda t: t.assign(path="same"), "twice"),
+        (lambda t: t.iloc[:-2], "10 rows of 12"),
     ],
 )
-def test_stale_locks(folder, content, seconds_old, taken):
-    folder.parent.mkdir(parents=True)
-    lock = folder.with_name(folder.name + ".lock")
-    lock.write_text("" if content is None else json.dumps(content), encoding="utf-8")
-    then = lock.stat().st_mtime - seconds_old
-    os.utime(lock, (then, then))
-    if taken:
-        with claim(folder):
-            assert json.loads(lock.read_text(encoding="utf-8"))["pid"] == os.getpid()
-        assert not lock.exists()
-    else:
-        with pytest.raises(CTError, match="held by"), claim(folder):
-            pass
-        assert lock.exists()
+def test_wrong_predictions_are_said_when_read(folder, change, words):
+    path = save(folder) / "predictions.csv"
+    change(pd.read_csv(path)).to_csv(path, index=False)
+    with user_error("predictions.csv", words, "train this run again"):
+        load_run(folder)
 
 
-def test_a_failed_run_releases_its_claim(folder):
-    with pytest.raises(KeyboardInterrupt), claim(folder):
-        raise KeyboardInterrupt
-    with claim(folder):
-        pass
+def test_wrong_history_is_said_when_read(folder):
+    for history in (make_history().drop(columns="lr"), make_history(0), make_history().assign(lr="x")):
+        save(folder, history=history)
+        with user_error("history.csv", "damaged"):
+            load_run(folder)
 
 
-@pytest.mark.parametrize("part", ["run.json", "history.csv", "predictions.csv", "head.safetensors"])
-@pytest.mark.parametrize("how", ["missing", "zero", "cut", "binary"])
-def test_a_corrupt_part_is_named_and_the_others_are_listed(tmp_path, part, how):
-    save(tmp_path / "good")
-    bad = save(tmp_path / "bad", tensors={"a": np.ones(100)}) / part
-    if how == "missing":
-        bad.unlink()
-    elif how == "zero":
-        bad.write_bytes(b"")
-    elif how == "cut":
-        bad.write_bytes(bad.read_bytes()[: bad.stat().st_size // 2])
-    else:
-        bad.write_bytes(bytes(range(256)) * 4)
-    found, problems = list_runs(tmp_path)
-    if how == "missing" and part == "head.safetensors":  # weights are optional
-        assert len(found) == 2 and not problems
-        return
-    assert [run.name for run in found] == ["good"]
-    assert len(problems) == 1 and problems[0].startswith("bad:") and part in problems[0]
-    with pytest.raises(CTError, match=part):
-        load_run(tmp_path / "bad")
-
-
-def test_predictions_cut_at_a_line_end(tmp_path):
-    path = save(tmp_path / "r") / "predictions.csv"
-    path.write_text("\n".join(path.read_text(encoding="utf-8").splitlines()[:-2]), encoding="utf-8")
-    with pytest.raises(CTError, match="10 rows of 12"):
-        load_run(tmp_path / "r")
-
-
-def make_folder(predictions):
-    slices = predictions[["path", "split", "label"]]
-    counts = pd.DataFrame({"val": [2, 2, 2], "test": [2, 2, 2]}, index=CLASSES)
-    return SimpleNamespace(
-        name="tiny", kind="synthetic", fingerprint="f0", meta={"test_from_val": True}, classes=tuple(CLASSES),
-        slices=slices, counts=lambda: counts,
-    )  # fmt: skip
-
-
-def test_predictions_table_keeps_order_and_checks_length():
-    expected = make_predictions()
-    scores = expected[[f"p_{name}" for name in CLASSES]].to_numpy()
-    table = runs.predictions_table(make_folder(expected), {"val": scores[:6], "test": scores[6:]})
-    pd.testing.assert_frame_equal(table, expected, check_dtype=False)
-    with pytest.raises(CTError, match="5 scores for 'val'"):
-        runs.predictions_table(make_folder(expected), {"val": scores[:5]})
-
-
-def test_describe_run_computes_its_scores(tmp_path):
-    from dataclasses import dataclass
-
-    @dataclass
-    class Weights:
-        kind: str = "random"
-        source: str = "seed 0"
-        sha256: str | None = None
-        note: str = ""
-
-    class Adam:
-        defaults = {"lr": 0.001}
-
-    class StepLR:
-        step_size, gamma = 7, 0.1
-
-    predictions = make_predictions()
-    given = {key: value for key, value in make_record().items() if key in runs.REQUIRED}
-    for key in ("data", "classes", "profile", "device", "weights", "optimizer", "scheduler", "best_epoch", "scores"):
-        del given[key]
-    record = runs.describe_run(
-        make_folder(predictions),
-        SimpleNamespace(profile=SimpleNamespace(name="quick"), device="cpu"),
-        weights=Weights(),
-        result=SimpleNamespace(best_epoch=2, interrupted=False),
-        optimizer=Adam(),
-        scheduler=StepLR(),
-        predictions=predictions,
-        **given,
-    )
-    run = load_run(save(tmp_path / "r", record=record, predictions=predictions))
-    y_true, y_score = run.y_true("test"), run.y_score("test")
-    value, low, high = metrics.bootstrap_interval(y_true, y_score)
-    scores = run.record["scores"]
-    assert (scores["test"]["macro_f1"], scores["test"]["low"], scores["test"]["high"]) == (value, low, high)
-    assert "low" not in scores["val"]  # the interval belongs to the final figure
-    assert scores["test"]["per_class"] == pytest.approx(metrics.per_class(y_true, y_score, CLASSES)["f1"].to_dict())
-    assert run.record["scheduler"] == {"name": "StepLR", "step_size": 7, "gamma": 0.1}
-    assert run.record["data"]["test_from_val"] and run.record["data"]["counts"]["val"]["폐렴"] == 2
-
-
-def test_missing_folder_and_split(tmp_path):
-    with pytest.raises(CTError, match="no run record"):
+def test_missing_folder(tmp_path):
+    with user_error("no run record"):
         load_run(tmp_path / "none")
     assert list_runs(tmp_path / "none") == ([], [])
-    with pytest.raises(CTError, match="no 'train' predictions"):
-        load_run(save(tmp_path / "r")).y_true("train")
 
 
-def test_damaged_weights_found_when_read(tmp_path):
-    run = load_run(save(tmp_path / "r", tensors={"a": np.ones(4)}))
-    run.tensors_path.write_bytes(b"x")
-    with pytest.raises(CTError, match="damaged"):
-        run.load_tensors()
+def test_predictions_table_keeps_the_order_of_the_slices():
+    expected = make_predictions(patients=True)
+    scores = expected[[f"p_{name}" for name in CLASSES]].to_numpy()
+    slices = expected[["path", "split", "label", "patient"]]
+    folder = SimpleNamespace(classes=tuple(CLASSES), slices=slices, rows=lambda s: np.flatnonzero(slices["split"] == s))
+    table = predictions_table(folder, {"val": scores[:6], "test": scores[6:]})
+    pd.testing.assert_frame_equal(table, expected, check_dtype=False)
+    folder.slices = slices.assign(patient="", shown=["set/" + path for path in slices["path"]])
+    table = predictions_table(folder, {"test": scores[6:]})
+    assert "patient" not in table and table["path"].str.startswith("set/test/").all(), "paths for records"

@@ -4,22 +4,9 @@
 `clean` mends it.
 """
 
+# ruff: noqa: F401
 from ctutils.audit.clean import clean_copy
 from ctutils.audit.duplicates import exact_duplicates, group_slices, near_duplicates
 from ctutils.audit.look import decode_pass, find_body
 from ctutils.audit.probes import shortcut_probes
-from ctutils.audit.report import AuditReport, audit, read_patients, stored_verdicts
-
-__all__ = [
-    "AuditReport",
-    "audit",
-    "clean_copy",
-    "decode_pass",
-    "exact_duplicates",
-    "find_body",
-    "group_slices",
-    "near_duplicates",
-    "read_patients",
-    "shortcut_probes",
-    "stored_verdicts",
-]
+from ctutils.audit.report import AuditReport, audit, stored_verdicts

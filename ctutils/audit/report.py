@@ -2,12 +2,12 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from ctutils.audit.duplicates import exact_duplicates, group_slices, near_duplicates
@@ -15,11 +15,9 @@ from ctutils.audit.look import decode_pass
 from ctutils.audit.probes import shortcut_probes
 from ctutils.base import CTError, read_json, write_json
 from ctutils.config import cache_dir
-from ctutils.data import SPLIT_NAMES, SPLITS, SliceFolder, load_folder
+from ctutils.data import SPLIT_NAMES, SPLITS, SliceFolder, load_folder, read_patients
 
-AUDIT_VERSION = 1  # of stored verdicts: raise it when the audit judges otherwise
-PATH_COLUMNS = ("path", "file", "filename", "image")
-PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject")
+VERDICTS = "audit/{}-2.json"  # of a fingerprint; raise the number when the audit judges otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +26,7 @@ class AuditReport:
 
     Attributes:
         root: the folder.
+        name, meta: the data set's, as in `SliceFolder`.
         findings: a row a finding, worst first: severity (error, warning, info), check, message, count,
             examples (up to five paths).
         tables: counts, leaks, exact, near, probes; slices (with group and patient). Empty when the layout
@@ -37,6 +36,8 @@ class AuditReport:
     root: Path
     findings: pd.DataFrame
     tables: dict[str, pd.DataFrame]
+    name: str = ""
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -50,8 +51,6 @@ class AuditReport:
             return json.loads(table.to_json(orient="records", force_ascii=False))
 
         tables = {name: table for name, table in self.tables.items() if name != "slices"}
-        if "counts" in tables:
-            tables["counts"] = tables["counts"].reset_index()
         return {
             "root": str(self.root),
             "ok": self.ok,
@@ -61,32 +60,20 @@ class AuditReport:
         }
 
     def to_text(self) -> str:
-        """Return the findings, and the probes' scores, as lines."""
+        """Return the findings as lines."""
         lines = []
-        for row in self.findings.itertuples(index=False):
+        for row in self.findings.itertuples():
             lines.append(f"{row.severity.upper():8}{row.check}: {row.message}")
             lines += [f"{'':10}{example}" for example in row.examples if row.severity != "info"]
-        probes = self.tables.get("probes")
-        if probes is not None and len(probes):
-            shown = probes.drop(columns="slices").round(3).to_string(index=False)
-            lines += ["", "Macro F1 from features without anatomy, cross-validated, 95 % interval:", shown]
         end = "Nothing must be mended." if self.ok else "Errors must be mended; --fix OUT writes a cleaned copy."
         return "\n".join([*lines, "", end])
 
     def verdicts(self) -> list[str]:
-        """Return one sentence a finding and a probe, for the model card."""
-        lines = [f"{row.severity}: {row.check}: {row.message}" for row in self.findings.itertuples()]
-        probes = self.tables.get("probes", pd.DataFrame())
-        return lines + [
-            f"probe, {row.probe}: macro F1 {row.macro_f1:.2f} ({row.low:.2f} to {row.high:.2f}), chance "
-            f"{row.chance:.2f}, {'FLAGGED' if row.flagged else 'not flagged'}"
-            for row in probes.itertuples()
-        ]
+        """Return one sentence a finding, for the model card."""
+        return [f"{row.severity}: {row.check}: {row.message}" for row in self.findings.itertuples()]
 
 
-def audit(
-    root: str | Path, *, probes: bool = True, cache: Path | None = None, workers: int | None = None
-) -> AuditReport:
+def audit(root: str | Path, *, probes: bool = True, cache: Path | None = None) -> AuditReport:
     """Look a folder over: unreadable and odd files, duplicates and patients across splits, shortcuts.
 
     A whole audit leaves its verdicts in the cache, for the model cards of runs on this folder.
@@ -95,249 +82,138 @@ def audit(
         root: `<root>/{train,val[,test]}/<class>/*.png`; a broken layout is a finding, not an exception.
         probes: also train the shortcut probes, the longest part.
         cache: the cache folder (default: `config.cache_dir()`).
-        workers: threads.
     Source: notebook 01.
     """
     root, cache = Path(root), cache or cache_dir()
-    found = _Findings()
     try:
         folder = load_folder(root, strict=False, cache=cache)
     except CTError as error:
-        found.add("error", "layout", str(error), count=1)
-        return AuditReport(root, found.table(), {})
-    patients = np.full(len(folder.slices), "")
-    try:
-        patients, strays = read_patients(folder)
-        found.add("warning", "patients", "{} of the patient table: no such file (moved, or renamed?)", strays, "row")
-    except CTError as error:
-        found.add("warning", "patients", str(error), count=1)
-    decoded = decode_pass(folder, workers=workers)
-    exact, near = exact_duplicates(decoded), near_duplicates(decoded, patients)
-    groups = group_slices(decoded, near, patients)
-    slices = decoded.table.assign(patient=patients, group=groups)
-    leaks = _leaks(slices, exact, near)
-    tables = {"counts": folder.counts(), "leaks": leaks, "exact": exact, "near": near, "slices": slices}
-    _odd_files(found, folder, slices)
-    _exact_findings(found, exact, leaks)
-    _near_findings(found, near, leaks)
-    _patient_findings(found, slices)
+        return AuditReport(root, _table([("error", "layout", str(error), None)]), {})
+    decoded = decode_pass(folder)
+    exact, near = exact_duplicates(decoded), near_duplicates(decoded)
+    slices = decoded.table.assign(group=group_slices(decoded, near))
+    leaks = _leaks(slices, near)
+    tables = {"counts": folder.counts().reset_index(), "leaks": leaks, "exact": exact, "near": near, "slices": slices}
+    found = [*_of_files(folder, slices), *_of_copies(exact, near, leaks), *_of_patients(root, slices)]
     if probes:
-        tables["probes"] = shortcut_probes(decoded, groups)
-        _probe_findings(found, tables["probes"])
-    report = AuditReport(root, found.table(), tables)
+        tables["probes"] = shortcut_probes(decoded, slices["group"].to_numpy())
+        found += _of_probes(tables["probes"])
+    report = AuditReport(root, _table(found), tables, folder.name, folder.meta)
     if probes:
         with contextlib.suppress(CTError, OSError):  # a cache that cannot be written costs the next card an audit
-            write_json(_verdicts_path(folder.fingerprint, cache), {"verdicts": report.verdicts()})
+            write_json(Path(cache) / VERDICTS.format(folder.fingerprint), {"verdicts": report.verdicts()})
     return report
 
 
 def stored_verdicts(fingerprint: str, cache: Path | None = None) -> list[str] | None:
     """Return what the last whole audit of the slices with this fingerprint said; None if there was none."""
-    try:
-        return read_json(_verdicts_path(fingerprint, cache or cache_dir()))["verdicts"]
-    except (CTError, KeyError):
-        return None
+    with contextlib.suppress(CTError, KeyError):
+        return read_json(Path(cache or cache_dir()) / VERDICTS.format(fingerprint))["verdicts"]
 
 
-def _verdicts_path(fingerprint: str, cache: Path) -> Path:
-    return Path(cache) / "audit" / f"{fingerprint}-{AUDIT_VERSION}.json"
+# Severity, check, message ("{}" becomes the number of examples) and examples: without any there is nothing to say.
+# Instead of examples, None: said in any case.
+Finding = tuple[str, str, str, Iterable[str] | None]
 
 
-def read_patients(folder: SliceFolder) -> tuple[np.ndarray, list[str]]:
-    """Return the patient of every slice, str (N,), "" where unknown, and the table's paths that name no slice.
-
-    Read from the first CSV file at the data set's root, patients.csv and findings.csv before others, with a
-    column of `PATH_COLUMNS` (as in `folder.slices`, or a file name that occurs once) and one of
-    `PATIENT_COLUMNS`, in any case.
-
-    Raises:
-        CTError: patients.csv cannot be read or lacks a column.
-    """
-    paths = folder.slices["path"]
-    own = [folder.root / "patients.csv", folder.root / "findings.csv"]
-    for file in [*own, *sorted(set(folder.root.glob("*.csv")) - set(own))]:
-        if not file.is_file():
-            continue
-        try:
-            table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-        except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
-            if file not in own:
-                continue
-            raise CTError(
-                f"'{file.name}', which cannot be read ({error})", "a table in CSV", "mend or remove it"
-            ) from error
-        lower = {name.strip().lower(): name for name in reversed(table.columns)}
-        columns = [next((lower[n] for n in names if n in lower), None) for names in (PATH_COLUMNS, PATIENT_COLUMNS)]
-        if None in columns:
-            if file == own[0]:
-                found = f"columns {', '.join(table)} in 'patients.csv'"
-                raise CTError(found, "columns path and patient", "rename the columns")
-            continue
-        place, patient = as_posix(table[columns[0]]), table[columns[1]].str.strip()
-        names = paths.str.rsplit("/", n=1).str[-1]
-        once = ~names.duplicated(keep=False)
-        by_name = dict(zip(names[once], paths[once], strict=True))
-        place = place.where(place.isin(paths), place.map(lambda name, full=by_name: full.get(name, name)))
-        known = pd.Series(patient.to_numpy(), index=place)
-        known = known[~known.index.duplicated()]
-        return paths.map(known).fillna("").to_numpy(str), sorted(set(known.index) - set(paths))
-    return np.full(len(paths), ""), []
-
-
-def as_posix(paths: pd.Series) -> pd.Series:
-    """Return relative paths as `folder.slices` writes them."""
-    return paths.str.strip().str.replace("\\", "/").str.removeprefix("./")
-
-
-# ---------------------------------------------------------------- findings
-
-
-class _Findings:
-    """Collects findings; nothing is added for nothing."""
-
-    def __init__(self):
-        self.rows: list[tuple] = []
-
-    def add(
-        self, severity: str, check: str, message: str, examples: Iterable[str] = (), noun: str = "", count: int = 0
-    ) -> None:
-        """Add a finding; "{}" in the message becomes the number of examples and the noun. No example, no finding."""
-        examples = list(examples)
-        if noun:
-            count = count or len(examples)
-            if not count:
-                return
-            message = message.replace("{}", _several(count, noun), 1)
-        self.rows.append((severity, check, message, count or len(examples), examples[:5]))
-
-    def table(self) -> pd.DataFrame:
-        table = pd.DataFrame(self.rows, columns=["severity", "check", "message", "count", "examples"])
-        rank = table["severity"].map({"error": 0, "warning": 1, "info": 2})
-        return table.iloc[np.argsort(rank, kind="stable")].reset_index(drop=True)
-
-
-def _several(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
-
-
-def _odd_files(found: _Findings, folder: SliceFolder, slices: pd.DataFrame) -> None:
-    bad = slices[slices["problem"] != ""]
-    found.add("error", "unreadable files", "{} cannot be decoded", bad["path"] + " (" + bad["problem"] + ")", "file")
-    counts = slices["class"].value_counts()
-    message = (
-        f"{len(slices)} slices, {len(counts)} classes; the largest class ({counts.index[0]}) is "
-        f"{counts.iloc[0] / counts.iloc[-1]:.1f} times the smallest ({counts.index[-1]})"
-    )
-    found.add("info", "counts", message, count=len(slices))
-    if not (slices["split"] == "test").any():
-        found.add("info", "counts", "no test split: half of val will report, the other half choose")
-    for column, words in (("colour", "with colour, which no CT slice has"), ("blank", "of one grey level")):
-        found.add("warning", f"{column} pictures", "{} " + words, slices["path"][slices[column]], "slice")
-    readable = folder.slices[(slices["problem"] == "").to_numpy()]
-    sizes = readable["width"].astype(str) + " x " + readable["height"].astype(str)
-    for name, values in (("picture size", sizes), ("picture mode", readable["mode"])):
-        kinds = values.value_counts()
-        if len(kinds) > 1:
-            message = f"{len(kinds)} kinds; {{}} other than {kinds.index[0]}"
-            found.add("info", name, message, readable["path"][values != kinds.index[0]], "slice")
-    found.add("info", "other files", "{} in the split folders not used", _other_files(folder), "file")
-
-
-def _other_files(folder: SliceFolder) -> list[str]:
-    """Return what stands in the split folders and is no slice: paths relative to the root."""
-    known = set(folder.slices["path"])
-    splits = [p for p in sorted(folder.root.iterdir()) if p.is_dir() and p.name.lower() in SPLIT_NAMES]
-    files = (path for split in splits for path in sorted(split.rglob("*")) if path.is_file())
-    names = (path.relative_to(folder.root).as_posix() for path in files if not path.name.startswith("."))
-    return [name for name in names if name not in known]
-
-
-def _leaks(slices: pd.DataFrame, exact: pd.DataFrame, near: pd.DataFrame) -> pd.DataFrame:
-    """Count, for each two splits, the slices of one that have a twin in the other."""
-    both = ["path", "split"]
-    there, back = [f"{c}_{s}" for s in "ab" for c in both], [f"{c}_{s}" for s in "ba" for c in both]
-    pairs = np.concatenate([near[there].to_numpy(), near[back].to_numpy()])
-    spread = exact.groupby("group")["split"].agg(set)
-    present = [split for split in SPLITS if (slices["split"] == split).any()]
+def _table(found: Iterable[Finding]) -> pd.DataFrame:
+    """Return the findings, worst first, as `AuditReport` wants them."""
     rows = []
-    for i, split in enumerate(present):
-        for other in present[:i]:
-            mine = exact[exact["split"] == split]
-            copies = set(mine["path"][mine["group"].map(spread).map(lambda splits, o=other: o in splits)])
-            # A listed pair stands for all copies of its slices in the same split and class.
-            listed = set(pairs[(pairs[:, 1] == split) & (pairs[:, 3] == other), 0])
-            pixels = slices.loc[slices["path"].isin(listed), "pixels"]
-            twins = set(slices["path"][(slices["split"] == split) & slices["pixels"].isin(pixels)])
-            size, either = int((slices["split"] == split).sum()), len(copies | twins)
-            rows.append((split, other, size, len(copies), len(twins), either, sorted(copies), sorted(twins)))
-    columns = ["split", "other", "slices", "exact", "near", "either", "exact_paths", "near_paths"]
-    return pd.DataFrame(rows, columns=columns)
+    for severity, check, message, examples in found:
+        paths = [] if examples is None else list(examples)
+        if paths or examples is None:
+            message = message.replace("{}", str(len(paths))) if paths else message
+            rows.append((severity, check, message, max(1, len(paths)), paths[:5]))
+    rows.sort(key=lambda row: ("error", "warning", "info").index(row[0]))
+    return pd.DataFrame(rows, columns=["severity", "check", "message", "count", "examples"])
 
 
-def _exact_findings(found: _Findings, exact: pd.DataFrame, leaks: pd.DataFrame) -> None:
-    for row in leaks[leaks["exact"] > 0].itertuples(index=False):
-        message = f"{row.exact} of {row.slices} {row.split} slices have an exact copy in {row.other}"
-        found.add("error", "exact copies across splits", message, row.exact_paths)
-    mixed = exact[exact.groupby("group")["class"].transform("nunique") > 1]
-    if len(mixed):
-        message = f"{_several(mixed['group'].nunique(), 'picture')} under two classes or more ({len(mixed)} files)"
-        found.add("error", "exact copies across classes", message, mixed["path"])
-    extra = exact["path"][exact.duplicated(["group", "split"])]
-    found.add("warning", "exact copies within a split", "{} beside an exact copy in the same split", extra, "slice")
+def _of_files(folder: SliceFolder, slices: pd.DataFrame) -> Iterator[Finding]:
+    bad = slices[slices["problem"] != ""]
+    yield "error", "unreadable files", "{} file(s) cannot be decoded", bad["path"] + " (" + bad["problem"] + ")"
+    counts = slices["class"].value_counts()
+    message = f"{len(slices)} slices, {len(counts)} classes; the largest class ({counts.index[0]}) is "
+    message += f"{counts.iloc[0] / counts.iloc[-1]:.1f} times the smallest ({counts.index[-1]})"
+    yield "info", "counts", message, None
+    if not (slices["split"] == "test").any():
+        yield "info", "counts", "no test split: half of val will report, the other half choose", None
+    coloured = slices["path"][slices["colour"]]
+    yield "warning", "colour pictures", "{} slice(s) with colour, which no CT slice has", coloured
+    yield "warning", "blank pictures", "{} slice(s) of one grey level", slices["path"][slices["blank"]]
+    facts = folder.slices.drop(index=bad.index)
+    sizes = facts["width"].astype(str) + " x " + facts["height"].astype(str)
+    for check, values in (("picture size", sizes), ("picture mode", facts["mode"])):
+        usual = values.mode()[:1].to_list()
+        odd = facts["path"][~values.isin(usual)]
+        yield "info", check, f"{values.nunique()} kinds; {{}} slice(s) other than {''.join(usual)}", odd
+    splits = [path for path in folder.root.iterdir() if path.is_dir() and path.name.lower() in SPLIT_NAMES]
+    files = [path for split in splits for path in split.rglob("*") if path.is_file() and path.name[0] != "."]
+    others = {path.relative_to(folder.root).as_posix() for path in files} - set(slices["path"])
+    yield "info", "other files", "{} file(s) in the split folders not used", sorted(others)
 
 
-def _near_findings(found: _Findings, near: pd.DataFrame, leaks: pd.DataFrame) -> None:
+def _leaks(slices: pd.DataFrame, near: pd.DataFrame) -> pd.DataFrame:
+    """Count, for each two splits, the slices of one that have a twin in the other."""
+    pixels = slices.set_index("path")["pixels"]
+    swapped = near.rename(columns={"path_a": "path_b", "path_b": "path_a", "split_a": "split_b", "split_b": "split_a"})
+    pairs = pd.concat([near, swapped])
+    rows = []
+    for other, split in itertools.combinations([one for one in SPLITS if (slices["split"] == one).any()], 2):
+        mine, theirs = (slices[slices["split"] == one] for one in (split, other))
+        exact = set(mine["path"][mine["pixels"].isin(theirs["pixels"]) & (mine["pixels"] != "")])
+        # A listed pair stands for all copies of its slices in the same split and class.
+        listed = pairs["path_a"][(pairs["split_a"] == split) & (pairs["split_b"] == other)]
+        twins = set(mine["path"][mine["pixels"].isin(pixels[listed])])
+        counts = {"slices": len(mine), "exact": len(exact), "near": len(twins), "either": len(exact | twins)}
+        paths = {"exact_paths": sorted(exact), "near_paths": sorted(twins)}
+        rows.append({"split": split, "other": other, **counts, **paths})
+    return pd.DataFrame(rows)
+
+
+def _of_copies(exact: pd.DataFrame, near: pd.DataFrame, leaks: pd.DataFrame) -> Iterator[Finding]:
     show = near["path_a"] + " | " + near["path_b"]
-    for row in leaks[leaks["near"] > 0].itertuples(index=False):
-        splits = {row.split, row.other}
-        pairs = show[[{a, b} == splits for a, b in zip(near["split_a"], near["split_b"], strict=True)]]
+    for row in leaks.itertuples(index=False):
+        message = f"{{}} of {row.slices} {row.split} slices have an exact copy in {row.other}"
+        yield "error", "exact copies across splits", message, row.exact_paths
         message = f"{row.near} of {row.slices} {row.split} slices have a near twin in {row.other}"
-        message += f" (with exact copies {row.either})"
-        found.add("error", "near twins across splits", message, pairs, count=row.near)
-    mixed, same = near["class_a"] != near["class_b"], near["same_patient"].astype(bool)
+        pairs = show[(near["split_a"] + near["split_b"]).isin([row.split + row.other, row.other + row.split])]
+        yield "error", "near twins across splits", f"{message} (with exact copies {row.either})", pairs
+    mixed = exact[exact.groupby("group")["class"].transform("nunique") > 1]
+    message = f"{mixed['group'].nunique()} picture(s) under two classes or more ({{}} files)"
+    yield "error", "exact copies across classes", message, mixed["path"]
+    extra = exact["path"][exact.duplicated(["group", "split"])]
+    yield "warning", "exact copies within a split", "{} slice(s) beside an exact copy in the same split", extra
+    mixed, same = near["class_a"] != near["class_b"], near["same_patient"]
     within = (near["split_a"] == near["split_b"]) & ~mixed
     classes, split = "near twins across classes", "near twins within a split"
-    for severity, check, rows, words in (
-        ("error", classes, mixed & ~same, " of different classes"),
-        ("warning", classes, mixed & same, " of one patient, of different classes"),
-        ("warning", split, within & ~same, ": copies, or neighbouring slices of a patient"),
-        ("info", split, within & same, " of one patient: neighbouring slices"),
-    ):
-        found.add(severity, check, "{}" + words, show[rows], "pair")
+    yield "error", classes, "{} pair(s) of different classes", show[mixed & ~same]
+    yield "warning", classes, "{} pair(s) of one patient, of different classes", show[mixed & same]
+    yield "warning", split, "{} pair(s): copies, or neighbouring slices of a patient", show[within & ~same]
+    yield "info", split, "{} pair(s) of one patient: neighbouring slices", show[within & same]
 
 
-def _patient_findings(found: _Findings, slices: pd.DataFrame) -> None:
-    known = slices[slices["patient"] != ""]
+def _of_patients(root: Path, slices: pd.DataFrame) -> Iterator[Finding]:
+    try:
+        _, strays = read_patients(root, slices["path"])
+        yield "warning", "patients", "{} row(s) of the patient table: no such file (moved, or renamed?)", strays
+    except CTError as error:
+        yield "warning", "patients", str(error), None
+    known, unknown = slices[slices["patient"] != ""], slices["path"][slices["patient"] == ""]
     if known.empty:
-        message = "no table with a path and a patient column (patients.csv): not checked"
-        found.add("info", "patients", message)
+        yield "info", "patients", "no table with a path and a patient column (patients.csv): not checked", None
         return
-    by_patient, sound = known.groupby("patient"), True
+    yield "info", "patients", f"{known['patient'].nunique()} patient(s)", None
     for severity, column, words in (("error", "split", "splits"), ("warning", "class", "classes")):
-        mixed = known[by_patient[column].transform("nunique") > 1]
-        if len(mixed):
-            sound, names = False, mixed["patient"].nunique()
-            message = f"{_several(names, 'patient')} in two {words} or more ({len(mixed)} slices)"
-            examples = mixed.drop_duplicates(["patient", column])["path"]
-            found.add(severity, f"patients in two {words}", message, examples, count=names)
-    if sound:
-        message = f"{_several(known['patient'].nunique(), 'patient')}, each in one split and class"
-        found.add("info", "patients", message)
-    unknown = slices["path"][slices["patient"] == ""]
-    found.add("info", "patients", "{} without a patient in the table", unknown, "slice")
+        mixed = known[known.groupby("patient")[column].transform("nunique") > 1]
+        message = f"{mixed['patient'].nunique()} patient(s) in two {words} or more ({len(mixed)} slices)"
+        yield severity, f"patients in two {words}", message, mixed.drop_duplicates(["patient", column])["path"]
+    yield "info", "patients", "{} slice(s) without a patient in the table", unknown
 
 
-def _probe_findings(found: _Findings, probes: pd.DataFrame) -> None:
+def _of_probes(probes: pd.DataFrame) -> Iterator[Finding]:
     if probes.empty:
-        found.add("info", "shortcut probes", "too few slices in a class to train probes")
-        return
-    for row in probes[probes["flagged"]].itertuples(index=False):
-        message = (
-            f"{row.probe} alone gives macro F1 {row.macro_f1:.2f} ({row.low:.2f} to {row.high:.2f}), "
-            f"chance {row.chance:.2f}, best at {row.best_class}: a model may read the class without the lungs"
-        )
-        found.add("warning", "shortcut", message, count=1)
-    if not probes["flagged"].any():
-        top = probes.loc[probes["macro_f1"].idxmax()]
-        message = f"none is flagged; the best is {top['probe']} with macro F1 {top['macro_f1']:.2f}"
-        found.add("info", "shortcut probes", message)
+        yield "info", "shortcut probes", "too few slices in a class to train probes", None
+    for row in probes.itertuples(index=False):
+        message = f"macro F1 {row.macro_f1:.2f} ({row.low:.2f} to {row.high:.2f}), chance {row.chance:.2f}"
+        message += f", best at {row.best_class}: a model may read the class without the lungs" * row.flagged
+        yield "warning" if row.flagged else "info", f"probe, {row.probe}", message, None

@@ -63,42 +63,37 @@ def acquire(
     Returns:
         uint8 (size, size); in the lung window air outside the body is 55.
     """
-    n, pad = grid.size, 8
-    m = fft.next_fast_len(n + 2 * pad, real=True)
-    fx = fft.rfftfreq(m, grid.pixel)[None, :].astype(np.float32)
-    fy = fft.fftfreq(m, grid.pixel)[:, None].astype(np.float32)
+    out = np.full((grid.size, grid.size), AIR, dtype=np.float32)
+    body, share = grid.coverage(skin * 1.004)  # nothing outside this window is seen
+    hu, pad = hu[body], 8
+    (rows, cols), shape = hu.shape, [fft.next_fast_len(n + 2 * pad, real=True) for n in hu.shape]
+    seen = (slice(pad, pad + rows), slice(pad, pad + cols))
+    fx = fft.rfftfreq(shape[1], grid.pixel)[None, :].astype(np.float32)
+    fy = fft.fftfreq(shape[0], grid.pixel)[:, None].astype(np.float32)
     f2 = fx**2 + fy**2
-    mtf = np.exp(-2 * np.pi**2 * scanner.blur**2 * f2)
-    mtf *= 1 + scanner.boost * 4.0 * f2 / (0.25 + f2)
+    edge = scanner.boost * f2 / (0.25 + f2)
+    mtf = np.exp(-2 * np.pi**2 * scanner.blur**2 * f2) * (1 + 4 * edge)
     if scanner.motion != (0.0, 0.0):
-        mtf = mtf * np.cos(np.pi * (fx * scanner.motion[0] + fy * scanner.motion[1]))
-    padded = np.pad(hu, (pad, m - n - pad), mode="edge")
-    sharp = fft.irfft2(fft.rfft2(padded) * mtf, s=(m, m))[pad : pad + n, pad : pad + n]
+        mtf *= np.cos(np.pi * (fx * scanner.motion[0] + fy * scanner.motion[1]))
+    padded = np.pad(hu, [(pad, m - n - pad) for m, n in zip(shape, hu.shape, strict=True)], mode="edge")
+    sharp = fft.irfft2(fft.rfft2(padded) * mtf, s=shape)[seen]
 
     # Noise: a ramp at low frequencies (filtered back-projection), cut off by the kernel.
-    f = np.sqrt(f2)
-    power = (0.04 + f) * np.exp(-2 * np.pi**2 * scanner.grain**2 * f2) * (1 + scanner.boost * 2.0 * f2 / (0.25 + f2))
-    white = rng.standard_normal((m, m), dtype=np.float32)
-    noise = fft.irfft2(fft.rfft2(white) * power, s=(m, m))[pad : pad + n, pad : pad + n]
-    noise = noise / noise.std()
+    power = (0.04 + np.sqrt(f2)) * np.exp(-2 * np.pi**2 * scanner.grain**2 * f2) * (1 + 2 * edge)
+    noise = fft.irfft2(fft.rfft2(rng.standard_normal(shape, dtype=np.float32)) * power, s=shape)[seen]
     # More tissue along the beam means fewer photons: row by row and column by column, in units of 1000 HU.
     tissue = np.clip(hu + 1000, 0, 1400) / 1000
-    across, down = tissue.mean(1) * n * grid.pixel / 200, tissue.mean(0) * n * grid.pixel / 150
-    load = np.sqrt(0.35 + 0.75 * across[:, None] * down[None, :])
-    amount = scanner.noise * np.clip(load, 0.5, 1.6)
-    lines = np.convolve(rng.standard_normal(n + 8), np.ones(3) / np.sqrt(3), "same")[4 : n + 4].astype(np.float32)
-    tilt = rng.standard_normal((6, 1)) @ np.ones((1, n))
-    fade = np.interp(np.linspace(0, 5, n), np.arange(6), 0.5 + 0.5 * np.tanh(tilt[:, 0]))
-    streaks = scanner.streak * lines[:, None] * np.clip(across[:, None] - 0.75, 0, 1) * fade[None, :]
-    shade = scanner.drift * np.outer(np.sin(np.linspace(0, 3, n) + rng.uniform(0, 6)), np.ones(n))
-    sharp = (
-        sharp
-        + noise * amount * (scanner.lung_noise + (1 - scanner.lung_noise) * np.clip(tissue, 0, 1))
-        + streaks
-        + shade
-    )
+    across, down = tissue.sum(1) * grid.pixel / 200, tissue.sum(0) * grid.pixel / 150
+    load = np.clip(np.sqrt(0.35 + 0.75 * across[:, None] * down[None, :]), 0.5, 1.6)
+    noise /= noise.std()
+    noise *= load * (scanner.lung_noise + (1 - scanner.lung_noise) * np.minimum(tissue, 1))
+    sharp += noise * scanner.noise
+    lines = np.convolve(rng.standard_normal(rows + 8), np.ones(3) / np.sqrt(3), "same")[4 : rows + 4]
+    lines *= scanner.streak * np.clip(across - 0.75, 0, 1)
+    fade = np.interp(np.linspace(0, 5, cols), np.arange(6), 0.5 + 0.5 * np.tanh(rng.standard_normal(6)))
+    sharp += np.outer(lines, fade).astype(np.float32)
+    sharp += scanner.drift * np.sin(grid.pixel * np.arange(rows) / 120 + rng.uniform(0, 6)).astype(np.float32)[:, None]
 
-    inside = grid.mask(skin * 1.004) > 0.02
-    out = np.where(inside, np.clip(sharp, AIR, 3071), AIR)
+    out[body] = np.where(share > 0.02, np.clip(sharp, AIR, 3071), AIR)
     level, width = window
     return np.clip(np.rint((out - level + width / 2) / width * 255), 0, 255).astype(np.uint8)

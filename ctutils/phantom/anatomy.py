@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.interpolate import interp1d
 
 from ctutils.phantom.shapes import Grid, band, ellipse, fill, grow_tree, smooth_contour
 
@@ -128,13 +129,16 @@ def draw_anatomy(grid: Grid, patient: Patient, level: float, rng: np.random.Gene
     p, q = patient, patient.seed
     x, y = grid.coordinates()
     hu = np.full((grid.size, grid.size), -1024, dtype=np.float32)
-    bend = _bend(rng)
+    size, wave, phase = rng.normal(0, 1.6, (3, 2)), rng.normal(0, 1 / 48, (3, 2)), rng.uniform(0, 2 * np.pi, 3)
+
+    def bend(points):
+        return points + np.sin(points @ wave.T + phase) @ size
+
     skin = bend(_body_contour(p, level))
     # The rib cage: half width and half depth of the lungs' outer edge.
     taper = np.interp(level, [0, 0.12, 0.3, 0.6, 1], [0.86, 0.93, 0.98, 1.0, 1.0])
-    rib = 7.5
-    w = (p.half_width - p.fat - p.muscle - rib - 2) * taper
-    h = p.half_depth - p.fat * 0.75 - p.muscle * 0.9 - rib - 4
+    w = (p.half_width - p.fat - p.muscle - 9.5) * taper  # a rib is 7.5 thick
+    h = p.half_depth - p.fat * 0.75 - p.muscle * 0.9 - 11.5
     cy = -0.035 * p.half_depth - 2
     sides = [_lung_contour(level, side, w, h, cy, p) for side in (-1, 1)]
     # Inner edge of the rib cage: the costal edges of both lungs, joined in front and behind.
@@ -147,9 +151,8 @@ def draw_anatomy(grid: Grid, patient: Patient, level: float, rng: np.random.Gene
     blood = 42.0 + p.contrast * 0.85
     scene = Scene(grid, p, level, hu, lung, wall, wall, x, y, hilum, sides, blood, skin, (w, h, cy), bend)
 
-    fat_texture = -106 + 5 * grid.field(rng, 9)
     grid.paint(hu, skin, 10.0)
-    grid.paint(hu, skin * (1 - 2.0 / p.half_width), fat_texture)
+    grid.paint(hu, skin * (1 - 2.0 / p.half_width), -106 + 5 * grid.field(rng, 9))
     if p.breasts and 0.35 < level < 0.85:
         _breast_glands(scene, rng)
     muscle = 52 + 7 * grid.field(rng, 6)
@@ -164,32 +167,21 @@ def draw_anatomy(grid: Grid, patient: Patient, level: float, rng: np.random.Gene
     grid.paint(hu, mediastinum, -95 + 14 * grid.field(rng, 7))
 
     # Lungs: parenchyma with a dorsal gradient, clouds of perfusion, lobules.
-    lobules = grid.field(rng, 7)
     lung_hu = p.lung + p.gradient * np.clip((y - cy) / (2 * h) + 0.1, -0.5, 0.7)
-    lung_hu += (12 + 9 * q[0]) * grid.field(rng, 38) + (8 + 8 * q[1]) * lobules
+    lung_hu += (12 + 9 * q[0]) * grid.field(rng, 38) + (8 + 8 * q[1]) * grid.field(rng, 7)
     if p.emphysema:
-        holes = np.clip(grid.field(rng, 9) + 0.5 * grid.field(rng, 45) - 0.8, 0, 1.4)
-        lung_hu -= p.emphysema * 95 * holes
+        lung_hu -= p.emphysema * 95 * np.clip(grid.field(rng, 9) + 0.5 * grid.field(rng, 45) - 0.8, 0, 1.4)
     # Fine texture of the parenchyma: vessels and septa too small to draw, more in some than in others.
     lung_hu += 26 * q[2] ** 1.5 * grid.field(rng, 2.6 + 1.6 * q[3])
-    lung_hu = np.maximum(lung_hu, -970).astype(np.float32)
-    hu += lung * (lung_hu - hu)
+    hu += lung * (np.maximum(lung_hu, -970).astype(np.float32) - hu)
 
     spine_y = cy + p.spine * h
-    _ribs(scene, bend(cage), rng)
+    _ribs_and_sternum(scene, bend(cage), rng)
     _vertebra(scene, spine_y, rng)
-    _sternum(scene)
     _organs(scene, spine_y, rng)
     scene.inner = grid.distance(scene.lung)
     _vessels_and_airways(scene, rng)
     return scene
-
-
-def _bend(rng):
-    size = rng.normal(0, 1.6, (3, 2))
-    wave = rng.normal(0, 1 / 48, (3, 2))
-    phase = rng.uniform(0, 2 * np.pi, 3)
-    return lambda points: points + np.sin(points @ wave.T + phase) @ size
 
 
 def _body_contour(p: Patient, level: float) -> np.ndarray:
@@ -221,9 +213,7 @@ def _breast_glands(scene, rng):
 
 
 def _lung_contour(level, side, w, h, cy, p) -> np.ndarray:
-    shape = np.array(
-        [[np.interp(level, LUNG_LEVELS, LUNG_SHAPES[:, i, k]) for k in (0, 1)] for i in range(LUNG_SHAPES.shape[1])]
-    )
+    shape = interp1d(LUNG_LEVELS, LUNG_SHAPES, axis=0, bounds_error=False, fill_value=LUNG_SHAPES[0])(level)
     quirk = 0.05 * (p.seed[4:32].reshape(14, 2) - 0.5)
     shape = shape + (quirk if side < 0 else quirk[::-1]) * 0.8
     if side > 0 and level > 0.5:  # the heart lies to the left
@@ -265,15 +255,14 @@ def _chest_wall(scene, muscle):
         if level < 0.14:  # clavicle
             for wide, deep, value in ((20, 6, 560.0), (17, 3.6, 180.0)):
                 scene.paint(ellipse(side * 0.55 * w, cy - 0.92 * h, wide, deep, side * 0.3), value)
-    if level > 0.3:  # latissimus and serratus: the fat planes between them
-        for side in (-1, 1):
+        if level > 0.3:  # latissimus and serratus: the fat planes between them
             path = along([(1.08, -0.35), (1.12, 0.1), (1.08, 0.5), (0.92, 0.85)], (side * 5, 0))
             scene.paint(band(path, 1.4), -80.0)
 
 
-def _ribs(scene, cage, rng):
+def _ribs_and_sternum(scene, cage, rng):
     """Five to eight rib cuts a side: curved bars with a cortex, longer where the rib runs in the slice."""
-    hu, grid, n = scene.hu, scene.grid, len(cage)
+    hu, grid, n, (_, h, cy) = scene.hu, scene.grid, len(cage), scene.cage
     centre = cage.mean(0)
     for side in (-1, 1):
         at = 0.06 + 0.04 * rng.random()
@@ -284,8 +273,7 @@ def _ribs(scene, cage, rng):
             path = np.stack([np.interp(i, np.arange(n + 1), np.append(cage[:, k], cage[0, k])) for k in (0, 1)], axis=1)
             out = path - centre
             out /= np.linalg.norm(out, axis=1, keepdims=True)
-            tilt = np.linspace(-1, 1, 14)[:, None] * rng.normal(0, 1.3)
-            path = path + out * (5.6 + tilt)
+            path = path + out * (5.6 + np.linspace(-1, 1, 14)[:, None] * rng.normal(0, 1.3))
             ends = np.sin(np.linspace(0.35, np.pi - 0.35, 14)) ** 0.5
             thick = rng.uniform(3.1, 4.3)
             if at < 0.10 and scene.level > 0.2:  # costal cartilage in front
@@ -294,6 +282,14 @@ def _ribs(scene, cage, rng):
                 grid.paint(hu, band(path, thick * ends), rng.uniform(450, 800))
                 grid.paint(hu, band(path[2:-2], (thick - 1.4) * ends[2:-2]), rng.uniform(110, 240))
             at += length + rng.uniform(0.012, 0.045)
+    if 0.12 < scene.level < 0.9:
+        wide = np.interp(scene.level, [0.12, 0.3, 0.6, 0.9], [27, 20, 17, 8])
+        for rx, ry, value in ((wide, 6.0, 430.0), (wide - 1.8, 4.2, 140.0)):
+            scene.paint(ellipse(0, cy - 1.03 * h - 3.5, rx, ry, 0, [(0.04, 0)]), value)
+    elif scene.level <= 0.12:
+        for side in (-1, 1):
+            for rx, ry, value in ((12, 8, 420.0), (10, 6, 150.0)):
+                scene.paint(ellipse(side * 18, cy - 0.82 * h, rx, ry, side * 0.4), value)
 
 
 def _vertebra(scene, spine_y, rng):
@@ -321,20 +317,6 @@ def _vertebra(scene, spine_y, rng):
     plate([(0, r * 1.9), (0.5, r * 2.3), (rng.normal(0, 1.5), r * rng.uniform(2.6, 3.2))], 3.0, 500.0)
     put(ellipse(0, spine_y + back * 1.30, r * 0.52, r * 0.44), -30.0)
     put(ellipse(0, spine_y + back * 1.30, r * 0.36, r * 0.32), 38.0)
-    if not disc:
-        scene.paint(ellipse(0, spine_y, r * 0.6, r * 0.5), marrow - 25)
-
-
-def _sternum(scene):
-    _, h, cy = scene.cage
-    if 0.12 < scene.level < 0.9:
-        wide = np.interp(scene.level, [0.12, 0.3, 0.6, 0.9], [27, 20, 17, 8])
-        for rx, ry, value in ((wide, 6.0, 430.0), (wide - 1.8, 4.2, 140.0)):
-            scene.paint(ellipse(0, cy - 1.03 * h - 3.5, rx, ry, 0, np.array([(0.04, 0)])), value)
-    elif scene.level <= 0.12:
-        for side in (-1, 1):
-            for rx, ry, value in ((12, 8, 420.0), (10, 6, 150.0)):
-                scene.paint(ellipse(side * 18, cy - 0.82 * h, rx, ry, side * 0.4), value)
 
 
 def _organs(scene, spine_y, rng):
@@ -356,9 +338,9 @@ def _organs(scene, spine_y, rng):
         """Mediastinal fat with its pleural edge."""
         put(smooth_contour(np.array(points) * (1, f) + (0, spine_y)), -92 + 12 * grid.field(rng, 6))
 
-    def vessel(points, width, value):
+    def vessel(points, first, last, value):
         path = smooth_contour(np.array(points) * (1, f) + (0, spine_y), closed=False)
-        put(band(path, np.linspace(*width, len(path))), value)
+        put(band(path, np.linspace(first, last, len(path))), value)
 
     shade = 46 + 6 * grid.field(rng, 8)
     ao = p.aorta
@@ -372,7 +354,7 @@ def _organs(scene, spine_y, rng):
         spot(20, -78, 9, 6.5, blood * 0.8 + 8, 0.5)
     elif level < 0.30:  # arch
         fold([(-24, -30), (-36, -66), (-30, -92), (-4, -108), (22, -96), (36, -62), (32, -26), (0, -12)])
-        vessel([(-13, -84), (4, -72), (20, -50), (x_desc, -22)], (ao * 1.1, ao * 0.9), blood)
+        vessel([(-13, -84), (4, -72), (20, -50), (x_desc, -22)], ao * 1.1, ao * 0.9, blood)
         spot(x_desc, -20, ao)
         spot(-32, -68, 8.5, 9.5, blood * 0.85 + 6)
     elif level < 0.52:
@@ -384,15 +366,14 @@ def _organs(scene, spine_y, rng):
         if level > 0.38:  # pulmonary trunk; the right artery passes behind the ascending aorta
             spot(19, -86, 14, 13, blood * 1.08, 0.5)
             if level < 0.47:
-                vessel([(18, -78), (2, -64), (-20, -60), (-42, -56)], (11, 8), blood * 1.08)
+                vessel([(18, -78), (2, -64), (-20, -60), (-42, -56)], 11, 8, blood * 1.08)
                 spot(36, -62, 10, 12, blood * 1.08, 0.6)
     else:
         grow = np.interp(level, [0.52, 0.66, 0.84, 1.0], [0.78, 1.0, 1.0, 0.8]) * p.heart
-        wide = 0.46 * w * grow
-        x0, y0 = 0.13 * w, -70
-        shape = ellipse(x0, spine_y + y0 * f, wide * 1.10, 41 * grow * f, 0.32, np.array([(0.05, 0.4), (0.05, 2.2)]))
+        x0, y0 = 0.13 * w, spine_y - 70 * f
+        shape = ellipse(x0, y0, 0.506 * w * grow, 41 * grow * f, 0.32, [(0.05, 0.4), (0.05, 2.2)])
         put(shape, -88 + 10 * grid.field(rng, 7))
-        put((shape - (x0, spine_y + y0 * f)) * (0.955, 0.94) + (x0, spine_y + y0 * f), shade)
+        put((shape - (x0, y0)) * (0.955, 0.94) + (x0, y0), shade)
         if level < 0.62:
             spot(-6, -84, ao * 1.2, ao * 1.15, blood)
             chamber(22, -96, 17, 13, blood * 1.05, 0.6)
@@ -409,11 +390,9 @@ def _organs(scene, spine_y, rng):
             spot(-24, -42, 11, 9, blood * 0.85)  # inferior vena cava
     if level > 0.3:
         spot(-8, -18, 4, 4, blood * 0.9)  # azygos
-    # Oesophagus.
-    y0 = -27 if level > 0.22 else -34
-    spot(5 + 4 * q[35], y0, 8, 5.5, 42.0, 0.2)
-    if q[36] < 0.35:
-        spot(5 + 4 * q[35], y0, 3, 1.8, -700.0, 0.2)
+    # Oesophagus, with air in it in some.
+    for rx, ry, value in ((8, 5.5, 42.0), (3, 1.8, -700.0))[: 2 if q[36] < 0.35 else 1]:
+        spot(5 + 4 * q[35], -27 if level > 0.22 else -34, rx, ry, value, 0.2)
     for _ in range(rng.integers(0, 4)):  # small lymph nodes
         spot(rng.uniform(-26, 26), rng.uniform(-75, -40), rng.uniform(2, 4.5), rng.uniform(2, 3.5), 45.0)
 
@@ -452,8 +431,7 @@ def _organs(scene, spine_y, rng):
         if level > first:
             grow = min(1.0, (level - first) / 0.3) ** 0.5 * share
             x0, y0 = side * 0.52 * w, cy - 0.10 * h
-            bumps = np.array([(0.03, 0.3), (0.03, 1.1)])
-            shape = ellipse(x0, y0, 0.50 * w * grow, 0.72 * h * grow, side * -0.12, bumps)
+            shape = ellipse(x0, y0, 0.50 * w * grow, 0.72 * h * grow, side * -0.12, [(0.03, 0.3), (0.03, 1.1)])
             put(shape, 58 + p.contrast * 0.3 + 6 * grid.field(rng, 8))
             if side > 0 and q[40] < 0.6 and grow > 0.5:
                 put(ellipse(x0, y0 - 0.25 * h, 0.2 * w * grow, 0.16 * h * grow), p.gas)
@@ -463,29 +441,21 @@ def _vessels_and_airways(scene, rng):
     """Arteries, veins and bronchi: trees in space that fill the lung, cut by the slab."""
     hu, grid, p = scene.hu, scene.grid, scene.patient
     above = (0.47 - scene.level) * LUNG_HEIGHT * 0.5
-    filled = np.zeros_like(hu)
-    walls, lumens = np.zeros_like(hu), np.zeros_like(hu)
-    deep = np.argwhere(scene.lung > 0.9)
-    if not len(deep):
-        return
+    filled, walls, lumens = np.zeros((3, *hu.shape), dtype=np.float32)
+    deep = scene.lung > 0.9
     for side, root in zip((-1, 1), scene.hilum, strict=True):
-        spots = deep[rng.permutation(len(deep))[:1200]] if len(deep) > 1200 else deep
-        xs, ys = scene.x[spots[:, 0], spots[:, 1]], scene.y[spots[:, 0], spots[:, 1]]
-        on_side = xs * side > 0
-        targets = np.stack([xs, ys], axis=1)[on_side]
-        for kind, share in (("artery", 1.0), ("vein", 0.8)):
-            n = int(min(len(targets), 270 * share))
+        own = np.flatnonzero(deep & (scene.x * side > 0))
+        for kind, most, back, up in (("artery", 270, 0, -3), ("vein", 216, -6, 5)):
+            n = int(min(most, len(own), 1200 * len(own) / max(deep.sum(), 1)))  # fewer where little lung is left
             if n < 8:
                 continue
-            chosen = targets[rng.choice(len(targets), n, replace=False)]
-            z = rng.uniform(-15, 15, n)
-            here = np.array([*(root + rng.normal(0, 3, 2)), np.clip(above, -38, 38) + (5 if kind == "vein" else -3)])
-            if kind == "vein":
-                here[1] -= 6
-            tree = grow_tree(rng, here, np.column_stack([chosen, z]), 0.34, 0.40)
+            at = rng.choice(own, n, replace=False)
+            targets = np.stack([scene.x.flat[at], scene.y.flat[at], rng.uniform(-15, 15, n)], axis=1)
+            start = np.array([*(root + rng.normal(0, 3, 2) + (0, back)), np.clip(above, -38, 38) + up])
+            tree = grow_tree(rng, start, targets, 0.34, 0.40)
             points, radius, slope, branch = tree.sample(rng, max(0.5, 0.8 * grid.pixel))
             radius = np.minimum(radius, 5.5)
-            filled = np.maximum(filled, grid.tubes(points, radius, slope))
+            grid.tubes(points, radius, slope, out=filled)
             if kind == "artery":
                 big = (radius > 1.3) & (tree.depth[branch] < 5)
                 flat = points[big]
@@ -495,9 +465,8 @@ def _vessels_and_airways(scene, rng):
                 tube = np.minimum(radius[big] * 0.8, 4.0)
                 flat[:, :2] += beside * (radius[big] + tube)[:, None]
                 thick = 0.4 + 0.1 * tube + 0.5 * (p.seed[41] < 0.25)  # bronchial wall thickening in some
-                walls = np.maximum(walls, grid.tubes(flat, tube + thick, slope[big]))
-                lumens = np.maximum(lumens, grid.tubes(flat, tube, slope[big]))
+                grid.tubes(flat, tube + thick, slope[big], out=walls)
+                grid.tubes(flat, tube, slope[big], out=lumens)
     inside = np.minimum(1, scene.lung + (scene.wall > 12) * (hu < -60))
-    hu += inside * walls * (20 - hu)
-    hu += inside * lumens * (np.float32(p.gas + 8) - hu)
-    hu += inside * filled * (np.float32(scene.blood) - hu)
+    for share, value in ((walls, 20.0), (lumens, p.gas + 8), (filled, scene.blood)):
+        hu += inside * share * (value - hu)

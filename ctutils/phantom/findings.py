@@ -21,30 +21,27 @@ def add_confounders(scene: Scene, rng: np.random.Generator) -> None:
         _add(scene, veil * (1 + 0.5 * grid.field(streams[0], 9)), 100 + 420 * size[0] ** 2)
     if chance[1] < 0.36:  # bullae: thin-walled air under the pleura, a mimic of pneumothorax
         _bullae(scene, streams[1], 1 + int(6 * size[1] ** 2))
-    if chance[2] < 0.14:  # calcified granuloma
-        at = _pick(scene, streams[2], lambda wall: wall > 4)
-        if at is not None:
-            r = 1.5 + 2 * size[2]
-            shape = ellipse(*at, r, r, 0, streams[2].normal(0, 0.05, (2, 2)))
-            _blob(scene, shape, 480 + 400 * streams[2].random())
+    if chance[2] < 0.14 and (at := _pick(scene, streams[2], lambda wall: wall > 4)) is not None:  # calcified granuloma
+        r = 1.5 + 2 * size[2]
+        shape = ellipse(*at, r, r, 0, streams[2].normal(0, 0.05, (2, 2)))
+        _blob(scene, shape, 480 + 400 * streams[2].random())
     if chance[3] < 0.75:  # oblique fissures
         _fissures(scene, streams[3])
     if chance[4] < 0.03 and scene.level < 0.35:  # azygos fissure
         h = scene.hilum[0]
         line = np.array([(h[0] - 2, h[1] - 25), (h[0] - 26, h[1] - 12), (h[0] - 24, h[1] + 18), (h[0] - 4, h[1] + 34)])
-        _line(scene, smooth_contour(line, 40, closed=False), 0.75, 300)
+        _add(scene, grid.tubes(smooth_contour(line, 80, closed=False), 0.75, 0.2), 300)
     if chance[5] < 0.12:  # a small effusion behind
         depth = 3 + 9 * size[5]
         side = scene.x * (1 if streams[5].random() < 0.5 else -1) > 0
         layer = np.clip((depth * np.clip((back - 0.62) / 0.38, 0, 1) - scene.wall) / 1.2 + 0.5, 0, 1) * side
         _mix(scene, np.where(back > 0.62, layer, 0), 12.0)
-    if chance[6] < 0.3:  # a plate of atelectasis or a scar
-        at = _pick(scene, streams[6], lambda wall: (wall > 2) & (wall < 30))
-        if at is not None:
-            way = streams[6].uniform(0, np.pi)
-            t = np.linspace(-1, 1, 60)[:, None] * (6 + 14 * size[6])
-            bow = np.array([(-np.sin(way), np.cos(way))]) * (t / 12) ** 2 * streams[6].normal(0, 2)
-            _line(scene, at + t * (np.cos(way), np.sin(way)) + bow, 0.5 + size[6], 450)
+    at = _pick(scene, streams[6], lambda wall: (wall > 2) & (wall < 30)) if chance[6] < 0.3 else None
+    if at is not None:  # a plate of atelectasis or a scar
+        way = streams[6].uniform(0, np.pi)
+        t = np.linspace(-1, 1, 120)[:, None] * (6 + 14 * size[6])
+        bow = np.array([(-np.sin(way), np.cos(way))]) * (t / 12) ** 2 * streams[6].normal(0, 2)
+        _add(scene, grid.tubes(at + t * (np.cos(way), np.sin(way)) + bow, 0.5 + size[6], 0.2), 450)
     if chance[7] < 0.3:  # air trapping: patches of darker lung
         patch = np.clip(grid.field(streams[7], 30) - 0.5, 0, 0.7)
         _add(scene, patch, -35 - 30 * size[7])
@@ -73,9 +70,6 @@ def add_finding(scene: Scene, finding: str, severity: float, rng: np.random.Gene
     return {"finding": sign, "side": side if mask.any() else "", "mask": mask}
 
 
-# ---- tools -------------------------------------------------------------------------------------------------
-
-
 def _dorsal(scene: Scene) -> np.ndarray:
     """Return 0 at the front of the lungs .. 1 at their back, float32."""
     ys = np.concatenate([s[:, 1] for s in scene.sides])
@@ -100,8 +94,7 @@ def _pick(scene: Scene, rng, where=None, side: int = 0):
     rng = rng.spawn(1)[0]
     for _ in range(400):
         s = scene.sides[rng.integers(2) if side == 0 else (0 if side < 0 else 1)]
-        low, high = s.min(0), s.max(0)
-        at = rng.uniform(low, high)
+        at = rng.uniform(s.min(0), s.max(0))
         row, col = scene.grid.nearest(at)
         if not (0 <= row < scene.grid.size and 0 <= col < scene.grid.size):
             continue
@@ -117,15 +110,6 @@ def _blob(scene: Scene, contour: np.ndarray, value: float) -> None:
     fill(scene.hu, window, share, value)
 
 
-def _line(scene: Scene, path: np.ndarray, radius: float, amount: float) -> None:
-    """Add a thin sheet cut by the slice: `path` (N, 2) mm."""
-    steps = np.linalg.norm(np.diff(path, axis=0), axis=1)
-    along = np.concatenate([[0], np.cumsum(steps)])
-    t = np.arange(0, along[-1], max(0.5, 0.6 * scene.grid.pixel))
-    points = np.stack([np.interp(t, along, path[:, k]) for k in (0, 1)], axis=1)
-    _add(scene, scene.grid.tubes(points, radius, 0.2), amount)
-
-
 def _pushed(picture: np.ndarray, grid: Grid, win: tuple[slice, slice], x, y) -> np.ndarray:
     """Return a window of a picture in which every pixel shows what lies (x, y) mm from it, in the patient's axes."""
     c, s = np.cos(grid.angle), np.sin(grid.angle)
@@ -139,11 +123,10 @@ def _fissures(scene: Scene, rng) -> None:
     for side, contour in zip((-1, 1), scene.sides, strict=True):
         low, high = contour.min(0), contour.max(0)
         mid, half = (low + high) / 2, (high - low) / 2
-        y0 = mid[1] + (back + rng.normal(0, 0.1)) * half[1]
-        t = np.linspace(-1, 1, 30)
-        sag = rng.uniform(-0.15, 0.2) * half[1]
-        path = np.column_stack([mid[0] + t * half[0], y0 - sag * (1 - t**2) + t * side * 8])
-        _line(scene, path, rng.uniform(0.35, 0.6), rng.uniform(120, 260))
+        t = np.linspace(-1, 1, 400)
+        bow = back + rng.normal(0, 0.1) - rng.uniform(-0.15, 0.2) * (1 - t**2)
+        path = np.column_stack([mid[0] + t * half[0], mid[1] + bow * half[1] + t * side * 8])
+        _add(scene, scene.grid.tubes(path, rng.uniform(0.35, 0.6), 0.2), rng.uniform(120, 260))
 
 
 def _bullae(scene: Scene, rng, count: int) -> None:
@@ -159,9 +142,6 @@ def _bullae(scene: Scene, rng, count: int) -> None:
         _blob(scene, at + (shape - at) * (1 - 1.0 / r), scene.patient.gas + 6)
 
 
-# ---- findings ----------------------------------------------------------------------------------------------
-
-
 def _ild(scene: Scene, severity: float, rng):
     """Interstitial lung disease: reticulation under the pleura, worse behind and at the base.
 
@@ -173,8 +153,7 @@ def _ild(scene: Scene, severity: float, rng):
     back = _dorsal(scene)
     extent = (3.5 + 13.5 * severity) * (0.7 + 0.5 * scene.level)
     clouds = grid.field(rng, 24)
-    edge = scene.inner + 5 * clouds - 6 * (back - 0.5)
-    zone = np.clip((extent - edge) / 5 + 0.5, 0, 1) * (scene.wall < 60)
+    zone = np.clip((extent - scene.inner - 5 * clouds + 6 * (back - 0.5)) / 5 + 0.5, 0, 1) * (scene.wall < 60)
     zone *= np.clip(0.35 + 0.9 * back + 0.25 * clouds, 0, 1)
     mesh_scale = rng.uniform(4.0, 6.0)
     fine = grid.field(rng, mesh_scale) + 0.6 * grid.field(rng, mesh_scale * 0.6)
@@ -190,27 +169,22 @@ def _ild(scene: Scene, severity: float, rng):
         comb *= np.clip((back - 0.35) / 0.15 + clouds, 0, 1)
         rows, cols = np.nonzero((comb > 0.02) & (scene.lung > 0.02))
         if len(rows) > 20:
-            spacing = rng.uniform(4.0, 6.5)
-            n = int((2 * scene.patient.half_width / spacing) ** 2 * 1.2)
+            n = int((2 * scene.patient.half_width / rng.uniform(4.0, 6.5)) ** 2 * 1.2)
             seeds = rng.uniform(-1, 1, (n, 2)) * scene.patient.half_width
             near, _ = cKDTree(seeds).query(np.column_stack([scene.x[rows, cols], scene.y[rows, cols]]), k=2)
-            border = near[:, 1] - near[:, 0]  # 0 on the walls between two cysts
-            wall = np.clip(1.25 - border / 1.5, 0, 1)
+            wall = np.clip(1.25 - (near[:, 1] - near[:, 0]) / 1.5, 0, 1)  # 1 between two cysts
             value = -940 + wall * (880 - 120 * rng.random())
             share = comb[rows, cols] * scene.lung[rows, cols]
             scene.hu[rows, cols] += (share * (value - scene.hu[rows, cols])).astype(np.float32)
     if severity > 0.3:  # traction bronchiectasis: wide, beaded airways inside the diseased zone
         for _ in range(int(rng.integers(4, 9) + 6 * severity)):
             at = _pick(scene, rng, lambda wall: (wall > 5) & (wall < 10 + extent))
-            if at is None:
-                break
-            if zone[grid.nearest(at)] < 0.3:
+            if at is None or zone[grid.nearest(at)] < 0.3:
                 continue
             side = scene.hilum[0 if at[0] < 0 else 1]
             way = (at - side) / max(np.linalg.norm(at - side), 1) + rng.normal(0, 0.3, 2)
             t = np.linspace(-1, 1, 50)
-            length = rng.uniform(3, 9)
-            path = at + np.outer(t * length, way) + np.outer(t**2, rng.normal(0, 2, 2))
+            path = at + np.outer(t * rng.uniform(3, 9), way) + np.outer(t**2, rng.normal(0, 2, 2))
             r = rng.uniform(0.7, 1.3) * (1 + 0.3 * np.sin(t * rng.uniform(4, 8)))
             _mix(scene, grid.tubes(path, r + 0.8, 0.5), -250.0)
             _mix(scene, grid.tubes(path, r, 0.5), -960.0)
@@ -230,8 +204,7 @@ def _cancer(scene: Scene, severity: float, rng):
     bumps = np.column_stack([rng.normal(0, 1, 5) * np.array([0.09, 0.07, 0.05, 0.035, 0.03]), rng.uniform(0, 6.3, 5)])
     shape = ellipse(*at, r * rng.uniform(0.85, 1.2), r * rng.uniform(0.8, 1.05), rng.uniform(0, 3), bumps)
     mask = grid.mask(shape)
-    sign = "spiculated" if spiculated else "lobulated"
-    sign += " nodule" if r < 15 else " mass"
+    sign = ("spiculated" if spiculated else "lobulated") + (" nodule" if r < 15 else " mass")
     if part_solid:
         sign = "part-solid nodule"
         halo = grid.mask(at + (shape - at) * 1.35)
@@ -241,15 +214,13 @@ def _cancer(scene: Scene, severity: float, rng):
     if spiculated:
         t, paths, radii = np.linspace(0, 1, 40), [], []
         for angle in np.sort(rng.uniform(0, 2 * np.pi, rng.integers(9, 18))):
-            length = r * rng.uniform(0.35, 0.95) + 2.0
-            way = np.array([np.cos(angle), np.sin(angle)])
-            side = np.array([-way[1], way[0]])
-            paths.append(at + np.outer(0.72 * r + t * length, way) + np.outer(t**2, side * rng.normal(0, 1.5)))
+            way, side = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
+            along = 0.72 * r + t * (r * rng.uniform(0.35, 0.95) + 2.0)
+            paths.append(at + np.outer(along, way) + np.outer(t**2, side * rng.normal(0, 1.5)))
             radii.append(rng.uniform(0.6, 1.1) * (1.1 - t))
         _mix(scene, 0.85 * grid.tubes(np.vstack(paths), np.concatenate(radii), 0.3), solid - 40)
     if rng.random() < 0.4:  # pleural tag
-        centre = np.array([0, at[1] * 0.6])
-        way = (at - centre) / max(np.linalg.norm(at - centre), 1)
+        way = at * (1, 0.4) / max(np.linalg.norm(at * (1, 0.4)), 1)
         path = at + np.outer(np.linspace(0, 1, 80) * min(scene.wall[grid.nearest(at)] + 2, 28), way)
         _mix(scene, 0.8 * grid.tubes(path, 0.7, 0.3), 0.0)
         sign += " with pleural tag"
@@ -258,8 +229,7 @@ def _cancer(scene: Scene, severity: float, rng):
     fill(scene.hu, window, share * np.minimum(1, scene.lung[window] * 1.2), np.maximum(grain, scene.hu * 0.2))
     if cavity and not part_solid:
         sign = "cavitating " + sign
-        hole = at + (shape - at) * rng.uniform(0.4, 0.62) + rng.normal(0, 0.08 * r, 2)
-        _blob(scene, hole, -940.0)
+        _blob(scene, at + (shape - at) * rng.uniform(0.4, 0.62) + rng.normal(0, 0.08 * r, 2), -940.0)
     return sign, (mask > 0.3) & (scene.lung > 0.2)
 
 
@@ -288,9 +258,9 @@ def _pneumonia(scene: Scene, severity: float, rng):
         value = rng.uniform(5, 45) + 0.12 * scene.patient.contrast
         _mix(scene, dense * np.clip(0.80 + 0.16 * grain + 0.2 * severity, 0.5, 1), value)
         # Air bronchograms: the airways stay open in the dense lung.
-        start = at + (hilum - at) * 0.45
+        start = np.array([*(at + (hilum - at) * 0.45), 0.0])
         ends = at + rng.normal(0, 11, (14, 2)) + (at - hilum) * 0.12
-        tree = grow_tree(rng, np.array([*start, 0.0]), np.column_stack([ends, rng.normal(0, 2.5, 14)]), 0.75, 0.30)
+        tree = grow_tree(rng, start, np.column_stack([ends, rng.normal(0, 2.5, 14)]), 0.75, 0.30)
         points, radius, slope, _ = tree.sample(rng, 0.6)
         _mix(scene, grid.tubes(points, radius, slope) * np.clip(dense * 1.5 - 0.2, 0, 1), -900.0)
         return "consolidation with air bronchograms", (halo > 0.4) & (scene.lung > 0.5)
@@ -299,29 +269,26 @@ def _pneumonia(scene: Scene, severity: float, rng):
         for _ in range(rng.integers(2, 5)):
             spot = _pick(scene, rng, None, side if rng.random() < 0.65 else -side)
             if spot is not None:
-                r = rng.uniform(0.45, 0.9) * size
-                d = np.hypot(scene.x - spot[0], scene.y - spot[1])
-                field = np.maximum(field, np.clip((r - d + 6 * clouds + 2 * grain) / 6, 0, 1))
+                d = np.hypot(scene.x - spot[0], scene.y - spot[1]) - rng.uniform(0.45, 0.9) * size
+                field = np.maximum(field, np.clip((6 * clouds + 2 * grain - d) / 6, 0, 1))
         _add(scene, field * (0.85 + 0.2 * grain), 190 + 220 * severity)
         return "patchy ground glass", (field > 0.4) & (scene.lung > 0.5)
     # Tree-in-bud: short branching twigs with buds around the ends of the airways.
-    field, mask = np.zeros_like(scene.hu), np.zeros_like(scene.hu)
-    for k in range(int(14 + 34 * severity)):
+    field, patch = np.zeros_like(scene.hu), np.zeros_like(scene.hu)
+    if severity > 0.25:  # with some ground glass around
+        patch = np.clip((size * 0.75 - far + 7 * clouds + 3 * grain) / 7, 0, 1) * same_side
+        _add(scene, patch, 120 + 180 * severity)
+    for _ in range(int(14 + 34 * severity)):
         spot = at + rng.normal(0, size * 0.6, 2)
         way = spot - hilum
         ends = spot + rng.normal(0, 2.2, (4, 2)) + 4.5 * way / max(np.linalg.norm(way), 1)
         tree = grow_tree(rng, np.array([*spot, 0.0]), np.column_stack([ends, rng.normal(0, 0.4, 4)]), 0.5, 0.3)
         points, radius, slope, _ = tree.sample(rng, 0.6)
-        buds = np.column_stack([ends, np.zeros(4)])
-        points, radius = np.vstack([points, buds]), np.concatenate([radius, rng.uniform(0.8, 1.6, 4)])
-        field = np.maximum(field, grid.tubes(points, radius, np.append(slope, np.full(4, 0.5))))
-        if k == 0 and severity > 0.25:
-            patch = np.clip((size * 0.75 - far + 7 * clouds + 3 * grain) / 7, 0, 1) * same_side
-            _add(scene, patch, 120 + 180 * severity)
-            mask = patch
+        grid.tubes(points, radius, slope, out=field)
+        grid.tubes(ends, rng.uniform(0.8, 1.6, 4), 0.5, out=field)  # the buds
     field *= same_side
     _mix(scene, field * (0.55 + 0.2 * severity), 0.0)
-    return "tree-in-bud", ((ndimage.gaussian_filter(field, 2 / grid.pixel) > 0.12) | (mask > 0.5)) & (scene.lung > 0.5)
+    return "tree-in-bud", ((ndimage.gaussian_filter(field, 2 / grid.pixel) > 0.12) | (patch > 0.5)) & (scene.lung > 0.5)
 
 
 def _pneumothorax(scene: Scene, severity: float, rng):
@@ -337,10 +304,8 @@ def _pneumothorax(scene: Scene, severity: float, rng):
     # Gas lies where the lung lets it: in front, as the patient lies on the back, less at the side.
     dx, dy = scene.x - hilum[0], scene.y - hilum[1]
     far = np.maximum(np.hypot(dx, dy), 1e-3)
-    up = -dy / far
-    out = side * dx / far
-    tilt = rng.uniform(0.15, 0.75)
-    reach = np.clip(0.15 + 0.75 * up + tilt * out, 0, 1.2) + 0.10 * grid.field(rng, 60)
+    up, out = -dy / far, side * dx / far
+    reach = np.clip(0.15 + 0.75 * up + rng.uniform(0.15, 0.75) * out, 0, 1.2) + 0.10 * grid.field(rng, 60)
     width = (thick * np.clip(reach, 0, 1.2)).astype(np.float32)
     if thick > 17:
         _shift_mediastinum(scene, -side * min(14.0, 0.9 * (thick - 15)))
@@ -352,21 +317,18 @@ def _pneumothorax(scene: Scene, severity: float, rng):
 
     # Press the lung: a point at the new edge shows what lay at the chest wall.
     win = window_of(own)
-    edge = far + scene.wall  # about where the wall stands along this ray
-    share = np.clip(far / np.maximum(edge - width, 1), 0, 1)
+    share = np.clip(far / np.maximum(far + scene.wall - width, 1), 0, 1)  # the wall stands about far + wall away
     push = (width * share)[win]
     pressed = _pushed(scene.hu, grid, win, push * dx[win] / far[win], push * dy[win] / far[win])
-    ok = own[win] * (1 - gas[win])
     # Where the pressed picture would show the chest wall, keep the lung's own density.
     plain = np.minimum(pressed, np.where(share[win] > 0.93, scene.patient.lung + 60, 3000))
-    scene.hu[win] += ok * scene.lung[win] * (plain - scene.hu[win])
+    scene.hu[win] += (own * (1 - gas) * scene.lung)[win] * (plain - scene.hu[win])
     dense = np.clip((scene.hu + 1000) / 200, 0, 1) * (own > 0) * (1 - gas)
     _add(scene, dense * np.clip(width.max() / 40, 0, 1), 40 + 210 * severity)
     _mix(scene, gas * own, scene.patient.gas + 4)
     line = np.exp(-(((depth - width) / max(0.75, 0.6 * grid.pixel)) ** 2)) * (width > 2.0) * own
     _mix(scene, 0.62 * line, -60.0)
-    mask = (gas > 0.5) & (own > 0) & (scene.lung > 0.5)
-    return ("large pneumothorax" if thick > 25 else "pneumothorax"), mask
+    return ("large " if thick > 25 else "") + "pneumothorax", (gas > 0.5) & (own > 0) & (scene.lung > 0.5)
 
 
 def _shift_mediastinum(scene: Scene, way: float) -> None:

@@ -49,10 +49,11 @@ class Grid:
         x1, y1 = np.minimum(np.ceil(p.max(0)).astype(int) + 2, self.size)
         if x1 <= x0 or y1 <= y0:
             return (slice(0, 0), slice(0, 0)), np.zeros((0, 0), dtype=np.float32)
-        fine = 4 if self.size >= 256 else 8  # sub-pixels a side: smooth edges, exact partial volume in the plane
+        # Sub-pixels a side: smooth edges, partial volume in the plane; fewer where a contour is large.
+        fine = 8 if self.size < 256 else 4 if (x1 - x0) * (y1 - y0) < 30_000 else 3
         canvas = Image.new("L", ((x1 - x0) * fine, (y1 - y0) * fine), 0)
         inside = (p - (x0, y0) + 0.5) * fine - 0.5
-        ImageDraw.Draw(canvas).polygon([tuple(q) for q in inside.tolist()], fill=255)
+        ImageDraw.Draw(canvas).polygon(inside.ravel().tolist(), fill=255)
         share = np.asarray(canvas.reduce(fine), dtype=np.float32) / 255
         return (slice(y0, y1), slice(x0, x1)), share
 
@@ -63,15 +64,13 @@ class Grid:
     def mask(self, contour: np.ndarray) -> np.ndarray:
         """Return the coverage of a contour as a whole picture, float32 (size, size)."""
         full = np.zeros((self.size, self.size), dtype=np.float32)
-        window, share = self.coverage(contour)
-        full[window] = share
+        self.paint(full, contour, 1.0)
         return full
 
     def distance(self, mask: np.ndarray) -> np.ndarray:
         """Return the distance in mm from each pixel inside `mask` to its edge, 0 outside, float32."""
         step = max(1, self.size // 256)  # half resolution is enough: it only steers soft transitions
-        near = ndimage.distance_transform_edt(mask[::step, ::step] > 0.5).astype(np.float32)
-        near *= self.pixel * step
+        near = ndimage.distance_transform_edt(mask[::step, ::step] > 0.5, self.pixel * step).astype(np.float32)
         return np.asarray(Image.fromarray(near).resize((self.size, self.size), Image.Resampling.BILINEAR))
 
     def field(self, rng: np.random.Generator, scale: float) -> np.ndarray:
@@ -81,69 +80,59 @@ class Grid:
         same on any number of threads.
         """
         n = max(4, round(self.size * self.pixel / scale) + 3)
-        values = rng.standard_normal((n, n))
+        values = 2.1 * rng.standard_normal((n, n), dtype=np.float32)  # 2.1 undoes what the spline smooths away
         at = np.linspace(0, n - 3 - 1e-6, self.size)
         left, t = at.astype(int), at % 1
         weights = np.stack([(1 - t) ** 3, 3 * t**3 - 6 * t**2 + 4, -3 * t**3 + 3 * t**2 + 3 * t + 1, t**3], axis=1) / 6
         columns = left[:, None] + np.arange(4)
-        basis = sparse.csr_array((weights.ravel(), columns.ravel(), np.arange(0, 4 * self.size + 1, 4)), (self.size, n))
-        return (basis @ (basis @ values.T).T * 2.1).astype(np.float32)  # 2.1 undoes what the spline smooths away
+        weights, ends = weights.astype(np.float32), np.arange(0, 4 * self.size + 1, 4)
+        basis = sparse.csr_array((weights.ravel(), columns.ravel(), ends), (self.size, n))
+        return basis @ (basis @ values.T).T
 
-    def tubes(self, points: np.ndarray, radius, slope) -> np.ndarray:
+    def tubes(self, points: np.ndarray, radius, slope, out: np.ndarray | None = None) -> np.ndarray:
         """Return which share of each pixel's slab short pieces of tube fill, float32 (size, size).
 
         Args:
             points: (N, 3) mm, sampled densely along the tubes; (N, 2) lie at z = 0, the middle of the slab.
             radius: (N,) or a number, mm.
             slope: (N,) or a number, the share of the tube's direction that lies in the plane, 0 (end-on) to 1.
+            out: tubes drawn before, to which these are added.
         """
-        if points.shape[1] == 2:
-            points = np.column_stack([points, np.zeros(len(points))])
-        radius, slope = (np.broadcast_to(v, len(points)) for v in (radius, slope))
-        out = np.zeros(self.size * self.size, dtype=np.float32)
-        half = self.thickness / 2
-        seen = np.abs(points[:, 2]) < half + radius
-        points, radius, slope = points[seen], radius[seen], np.maximum(slope[seen], 0.2)
-        at = self.to_pixels(points[:, :2])
-        reach = np.ceil(radius / self.pixel + 0.5).astype(int)
-        soft = 0.35 * self.pixel  # half the pixel: its own partial volume in the plane
-        for h in np.unique(reach):
-            some = reach == h
-            p, r, z = at[some], radius[some, None].astype(np.float32), points[some, 2, None].astype(np.float32)
-            offsets = np.arange(-h, h + 1)
-            dy, dx = (o.ravel() for o in np.meshgrid(offsets, offsets, indexing="ij"))
-            corner = np.round(p).astype(int)
-            x, y = corner[:, :1] + dx, corner[:, 1:] + dy
-            d2 = ((x - p[:, :1]) ** 2 + (y - p[:, 1:]) ** 2).astype(np.float32) * self.pixel**2
-            chord = np.sqrt(np.maximum((r + soft) ** 2 - d2, 0)) * (r / (r + soft)) / slope[some, None]
-            filled = np.minimum(z + chord, half) - np.maximum(z - chord, -half)
-            share = np.clip(filled / self.thickness, 0, 1).astype(np.float32)
-            ok = (x >= 0) & (x < self.size) & (y >= 0) & (y < self.size) & (share > 0)
-            np.maximum.at(out, y[ok] * self.size + x[ok], share[ok])
-        return out.reshape(self.size, self.size)
+        out = np.zeros((self.size, self.size), dtype=np.float32) if out is None else out
+        z = points[:, 2] if points.shape[1] == 3 else np.zeros(len(points))
+        half, soft = self.thickness / 2, 0.35 * self.pixel  # half the pixel: its own partial volume in the plane
+        seen = np.abs(z) < half + radius
+        at = self.to_pixels(points[seen, :2])
+        z, radius, slope = (np.broadcast_to(v, len(points))[seen] for v in (z, radius, slope))
+        corner, reach = np.round(at).astype(int), np.ceil(radius / self.pixel + 0.5).astype(int)
+        inside = ((corner >= reach[:, None]) & (corner < self.size - reach[:, None])).all(1)
+        for h in np.unique(reach[inside]):
+            some = inside & (reach == h)
+            dy, dx = np.mgrid[-h : h + 1, -h : h + 1].reshape(2, 1, -1).astype(np.float32)
+            x, y, r, m, s = (v[some, None].astype(np.float32) for v in (*(at - corner).T, radius, z, slope))
+            d2 = ((dx - x) ** 2 + (dy - y) ** 2) * self.pixel**2
+            chord = np.sqrt(np.maximum((r + soft) ** 2 - d2, 0)) * (r / (r + soft) / np.maximum(s, 0.2))
+            share = (np.minimum(m + chord, half) - np.maximum(m - chord, -half)) / self.thickness
+            ok = share > 0
+            place = (corner[some] @ (1, self.size))[:, None] + (dy * self.size + dx).astype(int)
+            np.maximum.at(out.reshape(-1), place[ok], np.minimum(share[ok], 1))
+        return out
 
 
 def smooth_contour(points: np.ndarray, per_point: int = 12, closed: bool = True) -> np.ndarray:
     """Return a Catmull-Rom curve through `points` (N, 2) -> (N * per_point, 2)."""
     p = np.asarray(points, dtype=float)
-    if closed:
-        before, after, after2 = np.roll(p, 1, 0), np.roll(p, -1, 0), np.roll(p, -2, 0)
-    else:
-        ends = np.vstack([2 * p[0] - p[1], p, 2 * p[-1] - p[-2]])
-        before, p, after, after2 = ends[:-3], ends[1:-2], ends[2:-1], ends[3:]
+    p = np.vstack([p[-1], p, p[:2]] if closed else [2 * p[0] - p[1], p, 2 * p[-1] - p[-2]])
     t = np.linspace(0, 1, per_point, endpoint=False)[None, :, None]
-    b, p, a, a2 = (q[:, None, :] for q in (before, p, after, after2))
+    b, p, a, a2 = (p[k : len(p) - 3 + k, None, :] for k in range(4))
     curve = p + 0.5 * t * (a - b + t * (2 * b - 5 * p + 4 * a - a2 + t * (3 * (p - a) + a2 - b)))
     return curve.reshape(-1, 2)
 
 
-def ellipse(cx: float, cy: float, rx: float, ry: float, angle: float = 0.0, bumps: np.ndarray | None = None):
+def ellipse(cx: float, cy: float, rx: float, ry: float, angle: float = 0.0, bumps=()) -> np.ndarray:
     """Return a closed contour (N, 2); `bumps` (K, 2) are amplitudes and phases of harmonics 2, 3, ..."""
     t = np.linspace(0, 2 * np.pi, 72, endpoint=False)
-    r = np.ones_like(t)
-    if bumps is not None:
-        for k, (size, phase) in enumerate(bumps, start=2):
-            r = r + size * np.cos(k * t + phase)
+    r = 1 + sum(size * np.cos(k * t + phase) for k, (size, phase) in enumerate(bumps, start=2))
     x, y = rx * r * np.cos(t), ry * r * np.sin(t)
     c, s = np.cos(angle), np.sin(angle)
     return np.stack([cx + c * x - s * y, cy + s * x + c * y], axis=1)
@@ -202,6 +191,7 @@ def grow_tree(rng: np.random.Generator, root: np.ndarray, targets: np.ndarray, t
     tip * n ** power (Murray 1926, https://doi.org/10.1073/pnas.12.3.207: power 1/3).
     """
     branches = []  # start, end, targets served, targets served at the end, depth
+    chance = iter(rng.random((len(targets), 4)).tolist())  # all at once: a draw of its own for each is slow
     todo = [(np.asarray(root, dtype=float), targets, 0)]
     while todo:
         start, group, depth = todo.pop()
@@ -209,16 +199,18 @@ def grow_tree(rng: np.random.Generator, root: np.ndarray, targets: np.ndarray, t
         if n == 1:
             branches.append((start, group[0], 1, 0.35, depth))
             continue
+        way, first, second, share = next(chance)
         heading = group.sum(0) / n - start
-        end = start + heading * rng.uniform(0.35, 0.62)
+        end = start + heading * (0.35 + 0.27 * way)
         branches.append((start, end, n, max(1.0, 0.62 * n), depth))
         if n == 2:
             todo += [(end, group[:1], depth + 1), (end, group[1:], depth + 1)]
             continue
         # Share the targets by a plane that holds the heading and parts two random ones of them.
-        side = group[rng.integers(n)] - group[rng.integers(n)] + rng.normal(0, 1e-3, 3)
+        one = int(n * first)
+        side = group[one] - group[one - 1 - int((n - 1) * second)]
         side -= heading * (side @ heading / max(heading @ heading, 1e-9))
-        cut = min(max(round(n * rng.uniform(0.28, 0.72)), 1), n - 1)
+        cut = min(max(round(n * (0.28 + 0.44 * share)), 1), n - 1)
         order = (group @ side).argsort()
         todo += [(end, group[order[:cut]], depth + 1), (end, group[order[cut:]], depth + 1)]
     start, end, served, after, depth = (np.array(column) for column in zip(*branches, strict=True))

@@ -1,18 +1,12 @@
 """Measure the course's way against the deck's plain loop, on synthetic slices: `make bench`.
 
-    python tests/bench/bench.py [--only a six b c e f g p m] [--quick] [--backbones resnet50 ...] [--repetitions 5]
+    python tests/bench/bench.py [--only a six b] [--quick] [--backbones resnet50 ...] [--repetitions 5]
     python tests/bench/bench.py --publish    # what was measured last, as the README's record and table
 
 Sections:
     a    the deck's loop against ours, end to end, caches cold and warm; macro F1 of both over head seeds
     six  all six deck backbones over one decoded store, and the same extrapolated to the deck's 9001 slices
-    b    forward images/s against plain float32, and the share of the machine's measured peak
-    c    building the decoded store against one PIL process
-    e    growth with epochs and with slices
-    f    peak memory
-    g    batch sizes, and whether torch.compile or OpenVINO (if installed) would pay within a run
-    p    bfloat16 against float32: macro F1 of heads over seeds, on the course's standard synthetic set
-    m    memory while a store of 1,000, 10,000 and 100,000 slices is built (small ones, linked copies of a few)
+    b    forward images/s against plain float32, and the share of a large matrix product
 (d, fastai and Lightning, is peers.py.) Every repetition is a process of its own and the sides take turns, so
 that a ratio compares neighbours in time. CPU seconds include all children. Prints tables and writes
 data/bench/bench.json. Needs Linux or macOS.
@@ -26,19 +20,17 @@ import os
 import platform
 import re
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SIX = ("vgg16", "alexnet", "resnet50", "resnet152", "densenet161", "mobilenet_v3_large")
-SECTIONS = ("a", "six", "b", "c", "e", "f", "g", "p", "m")
+SECTIONS = ("a", "six", "b")
 DECK_SLICES = 9001
 CLOCKS = {"work_cpu": "CPU, work", "work_wall": "wall, work", "cpu": "CPU, process", "wall": "wall, process"}
 
@@ -149,10 +141,10 @@ def our_way(job: dict) -> dict:
     import sklearn.model_selection  # noqa: F401  (halves the validation split)
     import torchvision  # noqa: F401
 
-    from ctutils import pipeline
+    from ctutils import experiment
     from ctutils.config import PROFILES, Settings
 
-    growing, build_store = 0.0, pipeline.build_store  # the wall seconds of what grows with the slices
+    growing, build_store = 0.0, experiment.build_store  # the wall seconds of what grows with the slices
 
     def timed_store(*args, **kwargs):
         nonlocal growing
@@ -161,16 +153,15 @@ def our_way(job: dict) -> dict:
         growing += time.perf_counter() - start
         return store
 
-    pipeline.build_store = timed_store
+    experiment.build_store = timed_store
     work = work_clock()
     cache = Path(job["cache"])
     profile = dataclasses.replace(PROFILES["standard"], image_size=job["size"], batch_size=job["batch_size"])
     settings = Settings(profile, job["device"], job["weights"], Path(job["data"]), cache, cache / "runs")
     for name in job["backbones"]:
-        plan = pipeline.Plan(
-            name, Path(job["data"]), epochs=job["epochs"], precision=job["precision"], seed=job["seed"]
-        )
-        seconds = pipeline.run_plan(plan, settings, cache / "runs" / name, say=lambda line: None).record["seconds"]
+        choices = {"epochs": job["epochs"], "precision": job["precision"], "seed": job["seed"]}
+        plan = experiment.Plan(name, Path(job["data"]), **choices)
+        seconds = experiment.run_plan(plan, settings, cache / "runs" / name, say=lambda line: None).record["seconds"]
         growing += seconds["features"] + seconds["train"]
     return {"growing": growing, **work()}
 
@@ -182,17 +173,17 @@ def make_weights(job: dict) -> dict:
     """
     import torch
 
-    from ctutils import models
+    from ctutils import backbones
     from ctutils.data import build_store, load_folder, make_loaders
 
-    spec = models.get_spec(job["backbone"])
-    model, info = models.build_model(spec.name, job["choice"])
+    spec = backbones.get_spec(job["backbone"])
+    model, info = backbones.build_model(spec.name, job["choice"])
     if info.kind == "random":
         torch.manual_seed(0)  # decides which slices
         folder = load_folder(job["data"], cache=Path(job["cache"]))
         store = build_store(folder, job["size"], cache=Path(job["cache"]))
         loader = make_loaders(folder, store, mean=spec.mean, std=spec.std, batch_size=32)["train"]
-        models.adapt_batchnorm(models.split_model(model, spec.name)[0], [next(iter(loader))])
+        backbones.adapt_batchnorm(model, [next(iter(loader))])
     path = Path(job["weights"]) / f"{spec.name}.pth"
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path)
@@ -205,34 +196,24 @@ def head_scores(job: dict) -> dict:
     The plain loop's features are the same in every epoch, so one plain pass (PIL, float32) stands for all.
     """
     import torch
+    from PIL import Image
     from torch import nn
     from torchvision import transforms
 
-    from ctutils import models
+    from ctutils import backbones
     from ctutils.data import build_store, feature_loaders, load_folder
-    from ctutils.features import cached_features, choose_precision
+    from ctutils.features import choose_precision, extract_features
     from ctutils.training import train_model
 
-    spec, cache = models.get_spec(job["backbone"]), Path(job["cache"])
+    spec, cache = backbones.get_spec(job["backbone"]), Path(job["cache"])
     folder = load_folder(job["data"], cache=cache)
-    model, _ = models.build_model(spec.name, job["weights"])
-    models.replace_head(model, spec.name, len(folder.classes))
-    models.freeze(model, train=models.get_module(model, spec.head))
-    backbone, head = models.split_model(model.eval(), spec.name)
+    model, _ = backbones.build_model(spec.name, job["weights"])
+    new = backbones.replace_head(model, spec.name, len(folder.classes))
+    backbones.freeze(model, train=new)
+    backbone, head = backbones.split_model(model.eval(), spec.name)
     precision = choose_precision(job["precision"], job["device"])
-    ours, _ = cached_features(
-        backbone,
-        build_store(folder, job["size"], cache=cache),
-        name=spec.name,
-        fingerprint=folder.fingerprint,
-        mean=spec.mean,
-        std=spec.std,
-        cache=cache,
-        device=job["device"],
-        precision=precision,
-    )
-    from PIL import Image
-
+    store = build_store(folder, job["size"], cache=cache)
+    ours = extract_features(backbone, store, spec, device=job["device"], precision=precision)
     transform = transforms.Compose(
         [
             transforms.Resize((job["size"], job["size"])),
@@ -251,8 +232,9 @@ def head_scores(job: dict) -> dict:
         for seed in range(job["seeds"]):
             trained = copy.deepcopy(head)
             torch.manual_seed(seed)
-            trained[-1].reset_parameters()
-            optimizer = torch.optim.Adam(trained[-1].parameters(), lr=0.001)
+            last = [layer for layer in trained.modules() if isinstance(layer, nn.Linear)][-1]
+            last.reset_parameters()
+            optimizer = torch.optim.Adam(last.parameters(), lr=0.001)
             scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
             loaders = feature_loaders(folder, features, batch_size=job["batch_size"])
             result = train_model(
@@ -261,125 +243,6 @@ def head_scores(job: dict) -> dict:
             scores[side].append(result.best_score)
     plain = torch.cat(batches)
     return {**scores, "precision": precision, "feature_difference": float((ours - plain).norm() / plain.norm())}
-
-
-def precision_scores(job: dict) -> dict:
-    """Test macro F1 of several head seeds on features in float32 and in bfloat16; all else equal."""
-    import torch
-    from torch import nn
-
-    from ctutils import models
-    from ctutils.data import build_store, feature_loaders, load_folder, make_loaders
-    from ctutils.features import extract_features
-    from ctutils.metrics import macro_f1
-    from ctutils.training import evaluate, train_model
-
-    spec, cache = models.get_spec(job["backbone"]), Path(job["cache"])
-    folder = load_folder(job["data"], cache=cache)
-    store = build_store(folder, job["size"], cache=cache)
-    model, weights = models.build_model(spec.name, job["weights"])
-    models.replace_head(model, spec.name, len(folder.classes))
-    models.freeze(model, train=models.get_module(model, spec.head))
-    backbone, head = models.split_model(model.eval(), spec.name)
-    if weights.kind == "random":
-        torch.manual_seed(0)
-        loader = make_loaders(folder, store, mean=spec.mean, std=spec.std, batch_size=32)["train"]
-        models.adapt_batchnorm(backbone, [next(iter(loader))])
-    found: dict = {"weights": weights.kind}
-    for precision in ("float32", "bfloat16"):
-        features = extract_features(backbone, store, mean=spec.mean, std=spec.std, precision=precision)
-        loaders, scores = feature_loaders(folder, features, batch_size=job["batch_size"]), []
-        for seed in range(job["seeds"]):
-            trained = models.standardise_head(copy.deepcopy(head), features[folder.rows("train")])
-            torch.manual_seed(seed)
-            [layer for layer in trained.modules() if isinstance(layer, nn.Linear)][-1].reset_parameters()
-            optimizer = torch.optim.Adam([p for p in trained.parameters() if p.requires_grad], lr=0.001)
-            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
-            train_model(trained, nn.CrossEntropyLoss(), optimizer, scheduler, loaders, job["epochs"], seed=seed)
-            _, y_true, y_score = evaluate(trained, loaders[job["split"]])
-            scores.append(macro_f1(y_true, y_score.argmax(1), y_score.shape[1]))
-        found[precision] = scores
-    return found
-
-
-def compilers(job: dict) -> dict:
-    """Seconds until ready and images/s of our copy, torch.compile and OpenVINO; and of ours at other batch sizes."""
-    import numpy as np
-    import torch
-
-    from ctutils import base, inference, models
-
-    spec = models.get_spec(job["backbone"])
-    torch.manual_seed(0)
-    backbone = models.split_model(bare_network(spec.name), spec.name)[0].eval()
-    precision = inference.choose_precision("auto", "cpu")
-    dtype = getattr(torch, precision)
-    images = torch.randn(64, 3, job["size"], job["size"]).contiguous(memory_format=torch.channels_last)
-    base.reuse_large_blocks()
-
-    def timed(make: Callable, batch_size: int = 16) -> dict[str, float]:
-        begin = time.perf_counter()
-        call = make()
-        call(images[:batch_size])
-        ready, times = time.perf_counter() - begin, []
-        while sum(times) < job["seconds"] or len(times) < 3:
-            begin = time.perf_counter()
-            call(images[:batch_size])
-            times.append(time.perf_counter() - begin)
-        return {"ready": ready, "rate": batch_size / statistics.median(times)}
-
-    def ours() -> Callable:
-        fast = inference.inference_copy(backbone, precision)
-        return lambda x: fast(x.to(dtype))
-
-    def compiled() -> Callable:
-        inference._onednn_fuses = lambda: False
-        fast = torch.compile(inference.inference_copy(backbone, precision))
-        return lambda x: fast(x.to(dtype))
-
-    def openvino() -> Callable:
-        import openvino as ov
-
-        model = ov.convert_model(backbone, example_input=images[:1].contiguous())
-        hint = {"INFERENCE_PRECISION_HINT": "bf16" if precision == "bfloat16" else "f32"}
-        ready = ov.Core().compile_model(model, "CPU", hint)
-        arrays: dict[int, np.ndarray] = {}
-
-        def call(x):
-            if len(x) not in arrays:
-                arrays[len(x)] = np.ascontiguousarray(x.numpy())
-            return ready(arrays[len(x)])
-
-        return call
-
-    with torch.no_grad():
-        found: dict = {"precision": precision, "batch": {}}
-        for batch_size in (4, 8, 16, 32, 64):
-            found["batch"][batch_size] = timed(ours, batch_size)["rate"]
-        found["ours"] = timed(ours)
-        for name, make in (("torch.compile", compiled), ("OpenVINO", openvino)):
-            try:
-                found[name] = timed(make)
-            except Exception as error:  # not installed, no C++ compiler, ...
-                found[name] = {"missing": f"{type(error).__name__}: {error}".splitlines()[0][:100]}
-    return found
-
-
-def build_many(job: dict) -> dict:
-    """Build a store of many slices; `peak_mb` of the process is what counts."""
-    from ctutils.data import build_store, load_folder
-
-    folder = load_folder(job["data"], cache=Path(job["cache"]))
-    table = folder.slices.memory_usage(deep=True).sum() / (1 << 20)
-    begin, before = time.perf_counter(), _resident_mb()
-    store = build_store(folder, job["size"], cache=Path(job["cache"]))
-    return {
-        "slices": len(store),
-        "table_mb": float(table),
-        "before_mb": before,
-        "after_mb": _resident_mb(),
-        "seconds": time.perf_counter() - begin,
-    }
 
 
 def _resident_mb() -> float:
@@ -395,11 +258,11 @@ def forward_pass(job: dict) -> dict:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ctutils import base, inference, models
+    from ctutils import backbones, fast, features
 
-    spec, device = models.get_spec(job["backbone"]), torch.device(job["device"])
+    spec, device = backbones.get_spec(job["backbone"]), torch.device(job["device"])
     torch.manual_seed(0)
-    backbone = models.split_model(bare_network(spec.name), spec.name)[0].eval().to(device)
+    backbone = backbones.split_model(bare_network(spec.name), spec.name)[0].eval().to(device)
 
     def rate(call: Callable, count: int) -> float:
         """Return `count` per second, the median over calls that fill the time given."""
@@ -419,52 +282,14 @@ def forward_pass(job: dict) -> dict:
             backbone(images[:1])
         found = {"gflop": counter.get_total_flops() / 1e9, "threads": torch.get_num_threads()}
         found["plain_float32"] = rate(lambda: backbone(images), len(images))
-        base.reuse_large_blocks()
+        fast.reuse_large_blocks()
         images = images.contiguous(memory_format=torch.channels_last)
         for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            fast, cast = inference.inference_copy(backbone, name, device=job["device"]), images.to(dtype)
-            found[name] = rate(lambda fast=fast, cast=cast: fast(cast), len(images))
+            ours, cast = fast.inference_copy(backbone, name, device=job["device"]), images.to(dtype)
+            found[name] = rate(lambda ours=ours, cast=cast: ours(cast), len(images))
             a, b = (torch.randn(job["matrix"], job["matrix"], device=device).to(dtype) for _ in "ab")
             found[f"gemm_{name}"] = rate(lambda a=a, b=b: a @ b, 2 * job["matrix"] ** 3) / 1e9
-    found["native_bfloat16"] = inference.choose_precision("auto", job["device"]) == "bfloat16"
-    return found
-
-
-def decode_slices(job: dict) -> dict:
-    """Slices/s: the store, PIL to grey in one thread, and PIL to RGB tensors as the plain loop does it."""
-    import numpy as np
-    from PIL import Image
-    from torchvision import transforms
-
-    from ctutils.data import build_store, load_folder
-
-    cache = Path(job["cache"])
-    folder = load_folder(job["data"], cache=cache)
-    files, side = [folder.root / path for path in folder.slices["path"]], (job["size"], job["size"])
-    to_tensor = transforms.Compose(
-        [transforms.Resize(side), transforms.ToTensor(), transforms.Normalize([0.5] * 3, [0.5] * 3)]
-    )
-
-    def grey() -> None:
-        for file in files:
-            with Image.open(file) as image:
-                np.asarray(image.convert("L").resize(side, Image.Resampling.BILINEAR))
-
-    def colour() -> None:
-        for file in files:
-            with Image.open(file) as image:
-                to_tensor(image.convert("RGB"))
-
-    def store() -> None:
-        shutil.rmtree(cache / "store", ignore_errors=True)
-        build_store(folder, job["size"], cache=cache)
-
-    found = {"slices": len(files)}
-    for name, call in (("store", store), ("pil_grey", grey), ("pil_tensor", colour)):
-        begin, cpu = time.perf_counter(), time.process_time()
-        call()
-        found[name] = len(files) / (time.perf_counter() - begin)
-        found[f"{name}_cpu_ms"] = (time.process_time() - cpu) / len(files) * 1e3
+    found["native_bfloat16"] = features.choose_precision("auto", job["device"]) == "bfloat16"
     return found
 
 
@@ -472,23 +297,17 @@ JOBS = {
     "plain": plain_loop,
     "ours": our_way,
     "forward": forward_pass,
-    "decode": decode_slices,
-    "compilers": compilers,
-    "precision": precision_scores,
-    "many": build_many,
 }
 
 
 # ---------------------------------------------------------------- running jobs
 
 
-def measure(name: str, job: dict, *, python: str = sys.executable, script: str = __file__, watch: bool = False) -> dict:
+def measure(name: str, job: dict, *, python: str = sys.executable, script: str = __file__) -> dict:
     """Run a job in a process of its own.
 
-    Args:
-        watch: look at the memory of the whole process family five times a second (it costs some time).
     Returns:
-        cpu and wall seconds (children included), peak_mb of the process, family_mb if watched, and
+        cpu and wall seconds (children included), peak_mb of the process, and
         what the job returned.
     Raises:
         SystemExit: the job failed; its last lines of output are shown.
@@ -501,9 +320,6 @@ def measure(name: str, job: dict, *, python: str = sys.executable, script: str =
         with log.open("w") as out:
             start = time.perf_counter()
             process = subprocess.Popen(command, stdout=out, stderr=out, env=environment)
-            peak: list[float] = []
-            if watch:
-                threading.Thread(target=_watch_memory, args=(process.pid, peak), daemon=True).start()
             _, status, usage = os.wait4(process.pid, 0)
             wall = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -511,24 +327,7 @@ def measure(name: str, job: dict, *, python: str = sys.executable, script: str =
             raise SystemExit(f"The job {name} failed:\n" + "\n".join(log.read_text().splitlines()[-15:]))
         found = json.loads(answer.read_text())
     found |= {"cpu": usage.ru_utime + usage.ru_stime, "wall": wall}
-    return found | ({"family_mb": max(peak, default=0.0)} if watch else {})
-
-
-def _watch_memory(pid: int, peak: list[float]) -> None:
-    """Append the family's memory in MB, shared pages counted once where the system says so, until it ends."""
-    import psutil
-
-    while True:
-        try:
-            root, total = psutil.Process(pid), 0
-            for process in [root, *root.children(recursive=True)]:
-                info = process.memory_full_info()
-                total += getattr(info, "pss", info.uss)
-            peak.append(total / (1 << 20))
-        except psutil.Error:
-            if not psutil.pid_exists(pid):
-                return
-        time.sleep(0.2)
+    return found
 
 
 def run_job(arguments: list[str], jobs: dict[str, Callable]) -> None:
@@ -589,7 +388,7 @@ class Bench:
         return write_dataset(self.folder / f"slices-{train}-{val}-{pixels}", train=train, val=val, size=pixels)
 
     def standard_data(self) -> Path:
-        """Return the data set of all sections but e."""
+        """Return the data set of all sections."""
         return self.data(self.options.train, self.options.val)
 
     def weights(self, name: str) -> str:
@@ -606,7 +405,7 @@ class Bench:
 
     def job(self, name: str, **changes) -> dict:
         """Return the arguments of a job on one backbone."""
-        from ctutils.models import get_spec
+        from ctutils.registry import get_spec
 
         spec, options = get_spec(name), self.options
         return {
@@ -726,273 +525,27 @@ def section_six(bench: Bench) -> dict:
 
 
 def section_b(bench: Bench) -> dict:
-    """Forward images/s, with the machine's peak measured right before each repetition."""
-    options, found = bench.options, {}
-    for name in options.backbones if options.quick else [*SIX, "efficientnet_lite0"]:
-        if options.chosen and name not in options.backbones:
-            continue
+    """Forward images/s, and the share of what a large matrix product reaches at the same moment."""
+    options, found, rows = bench.options, {}, []
+    for name in options.backbones if options.quick or options.chosen else [*SIX, "efficientnet_lite0"]:
         job = {"backbone": name, "device": options.device, "size": options.size, "images": 16}
         job |= {"seconds": 0.2 if options.quick else 3.0, "matrix": 512 if options.quick else 3072}
-        runs = []
-        for _ in range(options.repetitions):
-            loop = {} if options.device != "cpu" else fma_peak(bench.folder, 0.2 if options.quick else 1.0)
-            runs.append({**measure("forward", job), **loop})
-        values = {
-            key: middle([run[key] for run in runs])
-            for key in runs[0]
-            if isinstance(runs[0][key], float) and all(key in run for run in runs)
-        }
-        # A GEMM on matrix units (AMX, tensor cores) passes the SIMD loop; the denominator is the larger of both.
-        shares = {}
+        runs = [measure("forward", job) for _ in range(options.repetitions)]
+        values = {key: middle([run[key] for run in runs]) for key in runs[0] if isinstance(runs[0][key], float)}
+        row, found[name] = [name, values["gflop"], values["plain_float32"]], {"runs": runs, "median": values}
         for precision in ("float32", "bfloat16"):
-            gemm, loop = values[f"gemm_{precision}"], values.get(f"loop_{precision}", 0.0)
-            shares[precision] = {
-                "peak_gflops": max(gemm, loop),
-                "peak_is": "C loop" if loop > gemm else "torch matmul",
-                "share": values[precision] * values["gflop"] / max(gemm, loop),
-                "share_of_simd_loop": values[precision] * values["gflop"] / loop if loop else None,
-                "against_plain": ratio([run[precision] for run in runs], [run["plain_float32"] for run in runs]),
-            }
-        found[name] = {"runs": runs, "median": values, "shares": shares}
-    rows = [
-        [name, result["median"]["gflop"], result["median"]["plain_float32"]]
-        + [
-            text
-            for precision in ("float32", "bfloat16")
-            for share in [result["shares"][precision]]
-            for text in (
-                result["median"][precision],
-                show_ratio(share["against_plain"]),
-                f"{share['share']:.0%}",
-                "-" if share["share_of_simd_loop"] is None else f"{share['share_of_simd_loop']:.0%}",
-            )
-        ]
-        for name, result in found.items()
-    ]
-    one = next(iter(found.values()))
-    fast = ["against plain", "of peak", "of SIMD loop"]
-    columns = ["backbone", "GFLOP/image", "plain float32", "ours float32", *fast, "ours bfloat16", *fast]
-    print_table(f"b. Forward, images/s, batch 16, {one['runs'][0]['threads']} thread(s)", columns, rows)
-    for precision in ("float32", "bfloat16"):
-        share, values = one["shares"][precision], one["median"]
-        loop = values.get(f"loop_{precision}")
-        print(
-            f"  {precision} peak: {share['peak_gflops']:.0f} GFLOP/s from the {share['peak_is']}"
-            f" (large matmul {values[f'gemm_{precision}']:.0f}, C loop {f'{loop:.0f}' if loop else 'not available'})"
-        )
-    if not one["runs"][0]["native_bfloat16"]:
-        print("  This processor does not multiply bfloat16 natively; `auto` takes float32 here.")
-    return found
-
-
-def section_c(bench: Bench) -> dict:
-    """Decode every slice: the store with all cores against one PIL thread."""
-    job = {"data": str(bench.standard_data()), "size": bench.options.size}
-    runs = []
-    for _ in range(bench.options.repetitions):
-        with tempfile.TemporaryDirectory(dir=bench.folder) as cache:
-            runs.append(measure("decode", {**job, "cache": cache}))
-    found = {"runs": runs}
-    rows = []
-    for name, text in (("store", "store"), ("pil_grey", "PIL, grey"), ("pil_tensor", "PIL, RGB tensors (the loop's)")):
-        against = ratio([run["store"] for run in runs], [run[name] for run in runs])
-        found[name] = {"slices_per_second": middle([run[name] for run in runs]), "store_against_it": against}
-        cpu = middle([run[f"{name}_cpu_ms"] for run in runs])
-        rows.append([text, found[name]["slices_per_second"], cpu, show_ratio(against) if name != "store" else ""])
-    title = f"c. Decoding {runs[0]['slices']} slices of {bench.options.pixels} pixels, {os.cpu_count()} cores"
-    print_table(title, ["", "slices/s", "CPU ms a slice", "the store is faster by"], rows)
-    return found
-
-
-def section_e(bench: Bench) -> dict:
-    """Ours with cold caches over epochs and over slices."""
-    options = bench.options
-    name, slices = options.backbones[0], options.train + options.val
-    epochs, times = ((1, options.epochs), (1, 2)) if options.quick else ((1, 10, 50), (1, 2, 4, 8))
-    corners = dict.fromkeys([(count, 1) for count in epochs] + [(options.epochs, k) for k in times])
-    runs: dict[tuple, list[dict]] = {corner: [] for corner in corners}
-    for _ in range(options.repetitions):
-        for count, k in runs:
-            data = bench.data(options.train * k, options.val * k)
-            runs[count, k].append(bench.cold(name, epochs=count, data=str(data)))
-    by_epochs = {count: runs[count, 1] for count in epochs}
-    by_slices = {slices * k: runs[options.epochs, k] for k in times}
-    found = {"backbone": name, "epochs": by_epochs, "slices": by_slices}
-    for what, one in (("epochs", by_epochs), ("slices", by_slices)):
-        cost = {count: middle([run["work_cpu"] for run in some]) for count, some in one.items()}
-        few, many = min(one), max(one)
-        found[f"ms_per_more_{what}"] = (cost[many] - cost[few]) / (many - few) * 1e3
-        rows = [[count, cost[count], middle([run["work_wall"] for run in one[count]])] for count in one]
-        print_table(f"e. Growth of ours with {what}, {name}, cold", [what, "CPU s", "wall s"], rows)
-        print(f"  one more of the {what} costs {found[f'ms_per_more_{what}']:.1f} ms of CPU")
-    return found
-
-
-def section_f(bench: Bench) -> dict:
-    """Peak memory of both sides, apart from the timed runs because looking costs time."""
-    found = {}
-    for name in bench.options.backbones:
-        found[name] = {"plain": measure("plain", bench.job(name, epochs=1), watch=True)}
-        with tempfile.TemporaryDirectory(dir=bench.folder) as cache:
-            found[name]["ours, cold"] = measure("ours", bench.job(name, cache=cache), watch=True)
-    rows = [
-        [name, side, run["peak_mb"], run["family_mb"]] for name, result in found.items() for side, run in result.items()
-    ]
-    print_table("f. Peak memory, MB", ["backbone", "side", "main process", "whole family"], rows)
-    return found
-
-
-def section_g(bench: Bench) -> dict:
-    """Ready in how many seconds, how fast then, and after how many slices that beats ours."""
-    options, found = bench.options, {}
-    for name in options.backbones:
-        found[name] = measure(
-            "compilers", {"backbone": name, "size": options.size, "seconds": 0.2 if options.quick else 3.0}
-        )
-    rows, ours = [], {}
-    for name, result in found.items():
-        ours = result["ours"]
-        for way in ("ours", "torch.compile", "OpenVINO"):
-            it = result[way]
-            if "missing" in it:
-                rows.append([name, way, it["missing"], "", ""])
-                continue
-            gain = 1 / ours["rate"] - 1 / it["rate"]  # seconds a slice
-            pays = "" if way == "ours" else "never" if gain <= 0 else f"{(it['ready'] - ours['ready']) / gain:.0f}"
-            rows.append([name, way, it["ready"], it["rate"], pays])
-    title = "g. Ways to run the one pass, batch 16"
-    print_table(title, ["backbone", "way", "ready after s", "images/s", "pays after slices"], rows)
-    rows = [[name, *result["batch"].values()] for name, result in found.items()]
-    print_table("g. Ours by batch size, images/s", ["backbone", *next(iter(found.values()))["batch"]], rows)
-    return found
-
-
-def section_p(bench: Bench) -> dict:
-    """Macro F1 on bfloat16 and float32 features over head seeds."""
-    from ctutils.phantom import write_dataset
-
-    options, found = bench.options, {}
-    if options.quick:
-        data, split = bench.standard_data(), "val"
-    else:
-        data, split = write_dataset(ROOT / "data" / "synthetic", train=800, val=200, test=400), "test"
-    for name in options.backbones if options.quick else dict.fromkeys(["efficientnet_lite0", *options.backbones]):
-        job = {"backbone": name, "data": str(data), "weights": options.weights, "size": options.size, "split": split}
-        job |= {"cache": str(bench.folder / "cache"), "batch_size": 16, "epochs": options.epochs}
-        found[name] = measure("precision", {**job, "seeds": options.seeds})
-    rows = []
-    for name, result in found.items():
-        means = [statistics.mean(result[precision]) for precision in ("float32", "bfloat16")]
-        spread = statistics.stdev(result["float32"])
-        rows.append([name, result["weights"], *(f"{value:.4f}" for value in (*means, means[1] - means[0], spread))])
-    columns = ["backbone", "weights", "float32", "bfloat16", "difference", "seed sd (float32)"]
-    print_table(f"p. Macro F1 on {split}, mean over {options.seeds} head seeds", columns, rows)
-    return found
-
-
-def section_m(bench: Bench) -> dict:
-    """Memory over the number of slices: a few small slices, linked many times."""
-    few = bench.data(40, 10) if bench.options.quick else bench.data(200, 50)
-    sources = sorted(path for path in (few / "train").rglob("*.png"))
-    found = {}
-    from PIL import Image
-
-    for count in (50, 500) if bench.options.quick else (1_000, 10_000, 100_000):
-        with tempfile.TemporaryDirectory(dir=bench.folder) as scratch:
-            small = []
-            for number, source in enumerate(sources[:20]):
-                small.append(Path(scratch, f"{number}.png"))
-                Image.open(source).resize((96, 96)).save(small[-1])
-            root = Path(scratch, "set")
-            for split, share in (("train", 0.8), ("val", 0.2)):
-                for name in ("a", "b"):
-                    folder = root / split / name
-                    folder.mkdir(parents=True)
-                    for number in range(int(count * share / 2)):
-                        os.link(small[number % len(small)], folder / f"{number:06d}.png")
-            job = {"data": str(root), "cache": str(Path(scratch, "cache")), "size": 96}
-            found[count] = measure("many", job)
-    rows = [
-        [r["slices"], r["seconds"], r["table_mb"], r["before_mb"], r["after_mb"], r["after_mb"] - r["before_mb"]]
-        for r in found.values()
-    ]
-    columns = ["slices", "build s", "table MB", "peak before MB", "peak after MB", "the store's own MB"]
-    print_table("m. Memory while the store is built (96 x 96, decoded from small files)", columns, rows)
+            share = values[precision] * values["gflop"] / values[f"gemm_{precision}"]
+            against = ratio([run[precision] for run in runs], [run["plain_float32"] for run in runs])
+            found[name][precision] = {"share": share, "against_plain": against}
+            row += [values[precision], show_ratio(against), f"{share:.0%}"]
+        rows.append(row)
+    columns = ["backbone", "GFLOP/image", "plain float32"]
+    columns += ["ours float32", "against plain", "of matmul", "ours bfloat16", "against plain", "of matmul"]
+    print_table("b. Forward, images/s, batch 16", columns, rows)
     return found
 
 
 # ---------------------------------------------------------------- the machine
-
-FMA_LOOP = r"""
-#include <stdio.h>
-#include <stdlib.h>
-#include <time.h>
-#if defined(__AVX512F__)
-#define BYTES 64
-#elif defined(__AVX__)
-#define BYTES 32
-#else
-#define BYTES 16
-#endif
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
-typedef float vec __attribute__((vector_size(BYTES)));
-static double now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec + t.tv_nsec * 1e-9; }
-int main(int argc, char **argv) {
-    double seconds = atof(argv[1]), start, flop;
-    vec s[10], a, b; float sum = 0;  /* ten chains hide the latency and fit sixteen registers */
-    for (int k = 0; k < 10; k++) s[k] = (vec){0} + (float)k;
-    a = (vec){0} + (0.999f + argc * 1e-9f); b = (vec){0} + 0.001f;
-    flop = 0; start = now();
-    while (now() - start < seconds) {
-        for (int i = 0; i < 1000000; i++) {
-            s[0] = s[0] * a + b; s[1] = s[1] * a + b; s[2] = s[2] * a + b; s[3] = s[3] * a + b; s[4] = s[4] * a + b;
-            s[5] = s[5] * a + b; s[6] = s[6] * a + b; s[7] = s[7] * a + b; s[8] = s[8] * a + b; s[9] = s[9] * a + b;
-        }
-        flop += 1e6 * 10 * 2 * (BYTES / 4);
-    }
-    printf("%g", flop / (now() - start) / 1e9);
-    for (int k = 0; k < 10; k++) sum += s[k][0];
-#ifdef __AVX512BF16__
-    __m512 t[10]; __m512bh c = (__m512bh)_mm512_set1_epi32(0x3f803f80 + argc), d = (__m512bh)_mm512_set1_epi32(argc);
-    for (int k = 0; k < 10; k++) t[k] = _mm512_set1_ps(k);
-    flop = 0; start = now();
-    while (now() - start < seconds) {
-        for (int i = 0; i < 1000000; i++) {
-            t[0] = _mm512_dpbf16_ps(t[0], c, d); t[1] = _mm512_dpbf16_ps(t[1], c, d);
-            t[2] = _mm512_dpbf16_ps(t[2], c, d); t[3] = _mm512_dpbf16_ps(t[3], c, d);
-            t[4] = _mm512_dpbf16_ps(t[4], c, d); t[5] = _mm512_dpbf16_ps(t[5], c, d);
-            t[6] = _mm512_dpbf16_ps(t[6], c, d); t[7] = _mm512_dpbf16_ps(t[7], c, d);
-            t[8] = _mm512_dpbf16_ps(t[8], c, d); t[9] = _mm512_dpbf16_ps(t[9], c, d);
-        }
-        flop += 1e6 * 10 * 2 * 32;
-    }
-    printf(" %g", flop / (now() - start) / 1e9);
-    for (int k = 0; k < 10; k++) sum += _mm512_reduce_add_ps(t[k]);
-#endif
-    return sum == 12345.678f;  /* so that nothing is optimised away */
-}
-"""
-
-
-def fma_peak(folder: Path, seconds: float) -> dict[str, float]:
-    """Return GFLOP/s of a loop of fused multiply-adds, all cores at once; {} without a C compiler."""
-    program, source = folder / "fma_loop", folder / "fma_loop.c"
-    compiler = shutil.which("cc")
-    if compiler is None:
-        return {}
-    if not program.exists():
-        source.write_text(FMA_LOOP)
-        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-o", str(program)]
-        if subprocess.run([compiler, *flags, str(source)], capture_output=True).returncode:
-            return {}
-    import torch
-
-    command = [str(program), str(seconds)]
-    copies = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(torch.get_num_threads())]
-    rates = [[float(rate) for rate in copy_.communicate()[0].split()] for copy_ in copies]
-    return dict(zip(("loop_float32", "loop_bfloat16"), (sum(rate) for rate in zip(*rates, strict=True)), strict=False))
 
 
 def describe_machine() -> dict:
@@ -1071,7 +624,8 @@ def speed_markdown(found: dict) -> str:
 
 def publish(folder: Path) -> None:
     """Copy what was measured last, without this machine's folders, to data/reference_runs and into the README."""
-    from ctutils.base import replace_between
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    from run_notebooks import replace_between
 
     found = json.loads((folder / "bench.json").read_text())
     del found["settings"]["folder"]

@@ -1,33 +1,35 @@
 """A copy of a frozen network that computes the same, faster: what `features` runs once over every slice."""
 
 import copy
+import ctypes
+import functools
 import operator
+import platform
 from collections import Counter
 
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ctutils.base import CTError
-from ctutils.models import BatchNorm
-
-PRECISIONS = ("auto", "float32", "bfloat16")
+from ctutils.backbones import BatchNorm
 
 
-def choose_precision(precision: str, device: str) -> str:
-    """Turn `auto` into `bfloat16` where the processor multiplies it natively, else `float32`.
+@functools.cache
+def reuse_large_blocks() -> None:
+    """Ask glibc to keep large freed blocks instead of giving each back to the system.
 
-    Raises:
-        CTError: an unknown precision.
+    Otherwise every activation of every batch is mapped afresh, and its page faults cost up to half the time.
     """
-    if precision not in PRECISIONS:
-        raise CTError(f"precision '{precision}'", f"one of {', '.join(PRECISIONS)}", "choose one of these")
-    if precision != "auto":
-        return precision
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return "bfloat16" if device == "cpu" and has_bf16() else "float32"
+    if platform.libc_ver()[0] != "glibc":
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    if not mallopt(mmap_threshold, 1 << 30):  # an older glibc refuses more than 32 MB
+        mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 1 << 30)
 
 
 def inference_copy(
@@ -60,7 +62,7 @@ def inference_copy(
             fast.set_submodule(name, norm)
     if fold:
         fast.to(memory_format=torch.channels_last)
-    if graph is not None and device == "cpu" and _onednn_fuses():
+    if graph is not None and device == "cpu" and _onednn_fuses(precision):
         return _fuse_activations(fast, graph)
     return fast
 
@@ -136,19 +138,19 @@ class _FusedConv(nn.Module):
         return ops._convolution_pointwise.binary(x, other, *layer, "add", 1.0, unary, self.numbers, "")
 
 
-def _onednn_fuses() -> bool:
-    """Whether this torch has the calls of `_FusedConv`, and they say what the layers say."""
+def _onednn_fuses(precision: str) -> bool:
+    """Whether this torch has the calls of `_FusedConv` for this processor, and they say what the layers say."""
+    kind, near = (torch.bfloat16, 0.05) if precision == "bfloat16" else (torch.float32, 1e-5)
     try:
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay where they were
-            conv, x = nn.Conv2d(3, 4, 3, padding=1), torch.linspace(-1, 1, 75).view(1, 3, 5, 5)
-        y = conv(x).detach()
+            conv, x = nn.Conv2d(3, 4, 3, padding=1).to(kind), torch.linspace(-1, 1, 75).view(1, 3, 5, 5).to(kind)
         with torch.no_grad():
+            y = conv(x)
             alone = _FusedConv(conv, "hardswish", [])(x)
             added = _FusedConv(conv, "relu", [])(x, y)
-        return torch.allclose(alone, nn.functional.hardswish(y), atol=1e-5) and torch.allclose(
-            added, (2 * y).relu(), atol=1e-5
-        )
-    except (AttributeError, RuntimeError, TypeError):  # another torch, or built without oneDNN: go on without
+        expected = (nn.functional.hardswish(y), (2 * y).relu())
+        return all(torch.allclose(*pair, atol=near) for pair in zip((alone, added), expected, strict=True))
+    except (AttributeError, RuntimeError, TypeError):  # another torch or processor, or no oneDNN: go on without
         return False
 
 
