@@ -11,7 +11,6 @@ from ctutils.base import CTError
 from ctutils.registry import BACKBONES
 from ctutils.runs import Run
 
-DECK_VAL_COUNTS = (125, 125, 500, 125, 125)  # ILD, Lung_Cancer, Normal, pneumonia, pneumothorax
 COLUMNS = (
     "run backbone deck_f1 val_f1 test_f1 low high test_slices weights data kind profile bn trained device seconds "
     "seed best_epoch"
@@ -68,25 +67,6 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, ["---"] * len(head), *rows)]
     return ["| " + " | ".join(row) + " |" for row in cells]
-
-
-def deck_table() -> pd.DataFrame:
-    """Return the deck's six scores (backbone, deck_f1) and the 95 % interval (low, high) of 1000 validation slices.
-
-    The deck does not show its confusion matrices: errors are taken as equally frequent in all classes. Its figures
-    are the best of 10 epochs, on the same slices that chose the epoch, so each is a little optimistic.
-    """
-    y_true = np.repeat(np.arange(5), DECK_VAL_COUNTS)
-    rank = np.concatenate([np.arange(count) / count for count in DECK_VAL_COUNTS])  # 0 to 1 in each class
-    elsewhere = (y_true + 1 + np.arange(len(y_true)) % 4) % 5
-    guesses = [np.where(rank < right, y_true, elsewhere) for right in np.linspace(0.5, 1, 251)]
-    scores = np.array([metrics.macro_f1(y_true, guess, 5) for guess in guesses])
-    rows = []
-    for spec in BACKBONES.values():
-        if spec.deck_f1 is not None:
-            value, low, high = metrics.score_interval(y_true, guesses[np.abs(scores - spec.deck_f1).argmin()])
-            rows.append([spec.title, spec.deck_f1, spec.deck_f1 - (value - low), spec.deck_f1 + (high - value)])
-    return pd.DataFrame(rows, columns=["backbone", "deck_f1", "low", "high"])
 
 
 # ---------------------------------------------------------------- settings of a sweep

@@ -141,10 +141,10 @@ def our_way(job: dict) -> dict:
     import sklearn.model_selection  # noqa: F401  (halves the validation split)
     import torchvision  # noqa: F401
 
-    from ctutils import experiment
+    from ctutils import data, experiment
     from ctutils.config import PROFILES, Settings
 
-    growing, build_store = 0.0, experiment.build_store  # the wall seconds of what grows with the slices
+    growing, build_store = 0.0, data.build_store  # the wall seconds of what grows with the slices
 
     def timed_store(*args, **kwargs):
         nonlocal growing
@@ -153,7 +153,7 @@ def our_way(job: dict) -> dict:
         growing += time.perf_counter() - start
         return store
 
-    experiment.build_store = timed_store
+    data.build_store = timed_store
     work = work_clock()
     cache = Path(job["cache"])
     profile = dataclasses.replace(PROFILES["standard"], image_size=job["size"], batch_size=job["batch_size"])
