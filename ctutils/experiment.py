@@ -312,7 +312,9 @@ def _scores(rows: pd.DataFrame, classes: tuple[str, ...]) -> dict:
     y_true, y_score = rows["label"].to_numpy(), rows[[f"p_{name}" for name in classes]].to_numpy()
     patients = rows["patient"].to_numpy() if "patient" in rows and (rows["patient"] != "").any() else None
     value, low, high = metrics.score_interval(y_true, y_score, patients=patients)
-    of_class = metrics.per_class(y_true, y_score, classes)["f1"].to_dict()
+    matrix = metrics.confusion(y_true, y_score.argmax(1), len(classes))  # per_class would rank the scores, too
+    f1 = 2 * matrix.diagonal() / (matrix.sum(0) + matrix.sum(1)).clip(1)
+    of_class = dict(zip(classes, f1.tolist(), strict=True))
     scores = {"macro_f1": value, "low": low, "high": high, "resampled": "slices" if patients is None else "patients"}
     return scores | {"accuracy": metrics.accuracy(y_true, y_score.argmax(1)), "per_class": of_class}
 
