@@ -178,7 +178,7 @@ def score_intervals(
 
     Args:
         table: from `results.comparison_table`: backbone, test_f1, low, high, deck_f1, weights, data, profile.
-        deck: from `results.deck_table`: backbone, deck_f1, low, high; without it only the deck's points are drawn.
+        deck: as notebook 09 makes it: backbone, deck_f1, low, high; without it only the deck's points are drawn.
     """
     deck = table.drop_duplicates("backbone").assign(low=np.nan, high=np.nan) if deck is None else deck
     order = list(dict.fromkeys([*deck["backbone"], *table["backbone"]]))
@@ -190,8 +190,9 @@ def score_intervals(
     groups = runs.groupby(runs["data"] + ", " + runs["weights"] + " weights, " + runs["profile"], sort=False)
     for k, (group, rows) in enumerate(groups):
         _points(ax, rows["test_f1"], rows, rows["place"], COLOURS[k % len(COLOURS)], "o", group)
-    text = "2022 deck: other data, its own validation slices"
-    _points(ax, deck["deck_f1"], deck, deck["backbone"].map(order.index) - 0.22, GREY, "D", text)
+    if deck["deck_f1"].notna().any():
+        text = "2022 deck: other data, its own validation slices"
+        _points(ax, deck["deck_f1"], deck, deck["backbone"].map(order.index) - 0.22, GREY, "D", text)
     _name_rows(ax, order, "backbone", "macro F1 (0 to 1), lines: 95 % interval", title)
     ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return ax
