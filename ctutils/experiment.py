@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ctutils import backbones, data, metrics, training
 from ctutils.augment import balanced_loader, build_augment, class_weights, make_imbalanced
@@ -173,7 +174,38 @@ def featurise(plan: Plan, settings: Settings, folder: SliceFolder, network: Netw
     if plan.balance == "sampler":
         labels = folder.labels[folder.rows("train")]
         loaders["train"] = balanced_loader(loaders["train"].dataset, labels, plan.batch_size)
+    if plan.start_size:
+        loaders["train"] = Growing(loaders["train"], plan.start_size, plan.epochs // 2)
     return loaders
+
+
+class Growing:
+    """A loader whose pictures are smaller in the first epochs: progressive resizing (notebook 12)."""
+
+    def __init__(self, loader, size: int, epochs: int):
+        self.loader, self.size, self.epochs = loader, size, epochs
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        early = torch.initial_seed() % training.SEED_STEP <= self.epochs  # `train_model` seeds every epoch
+        for images, labels in self.loader:
+            if early:
+                images = nn.functional.interpolate(images, size=(self.size,) * 2, mode="bilinear", antialias=True)
+            yield images, labels
+
+
+class Averaged(nn.Module):
+    """A network that learns as itself, and is scored as the running average of its weights (EMA; notebook 12)."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__()
+        self.model = model
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.model(inputs) if self.training else self.average(inputs)
 
 
 def fit(
@@ -196,7 +228,9 @@ def fit(
         CTError: a loss that is not a number; memory too small for one slice.
     """
     plan, learner = plan.resolved(settings), network.learner
-    criterion = nn.CrossEntropyLoss()
+    if plan.ema:
+        learner = Averaged(learner, plan.ema)
+    criterion = nn.CrossEntropyLoss(label_smoothing=plan.label_smoothing)
     if plan.balance == "loss":
         weight = class_weights(folder.labels[folder.rows("train")], len(folder.classes))
         criterion.weight = torch.from_numpy(weight).to(settings.device)
@@ -209,11 +243,15 @@ def fit(
                 network.lr = plan.lr
                 if plan.lr == "range":
                     trial = build_optimizer(plan, network, 1e-6)
-                    network.lr_range = training.lr_range_test(learner, criterion, trial, loaders, seed=plan.seed)
+                    network.lr_range = training.lr_range_test(
+                        network.learner, criterion, trial, loaders, seed=plan.seed
+                    )
                     network.lr = training.pick_rate(network.lr_range)
                 optimizer = build_optimizer(plan, network, network.lr)
+                if plan.ema:
+                    optimizer.register_step_post_hook(lambda *_: learner.average.update_parameters(learner.model))
                 scheduler = SCHEDULERS[plan.scheduler](optimizer, plan.epochs, len(loaders["train"]))
-                return training.train_model(
+                result = training.train_model(
                     *(learner, criterion, optimizer, scheduler, loaders, plan.epochs),
                     seed=plan.seed,
                     batchnorm="drift" if network.bn == "drift" else "frozen",
@@ -221,6 +259,9 @@ def fit(
                     resume=resume,
                     patience=plan.patience,
                 )
+                if plan.ema:
+                    network.learner.load_state_dict(learner.average.module.state_dict())
+                return result
             except training.OtherCheckpoint as error:  # damaged, or of another torch
                 say(f"{error} Training starts again.")
                 checkpoint.unlink(missing_ok=True)

@@ -78,6 +78,17 @@ class Plan:
         above=0,
         most=1,
     )
+    start_size: int | None = _option(
+        None, "progressive resizing: pixels a side in the first half of the epochs", int, least=64, most=4096
+    )
+    label_smoothing: float = _option(0.0, "share of the target spread over all classes", float, least=0, most=0.9)
+    ema: float = _option(
+        0.0,
+        "score a running average of the weights, which keeps this share of itself at every step",
+        float,
+        least=0,
+        most=0.9999,
+    )
     augment: tuple[str, ...] = _option((), "random changes, each picture anew in every epoch", tuple, of=AUGMENTATIONS)
     views: int = _option(0, "cache the features of so many changed copies instead", int, least=0, most=1000)
     balance: str = _option("none", "rare classes: weights in the loss, or a sampler", str, choices=BALANCES)
@@ -118,6 +129,7 @@ class Plan:
             (frozen and self.bn == "train", "bn 'train' with a frozen backbone", "unfreeze it"),
             (not frozen and not self.standardise, "no standardise with layers that learn", "leave it out"),
             (self.cached and self.at_once, "at_once with cached features", "leave at_once out"),
+            (self.cached and self.start_size, "start_size with cached features", "leave start_size out"),
         ):
             if idle:
                 raise CTError(f"{found}, which would do nothing", "fields that act together", mend)

@@ -83,6 +83,7 @@ def read_sweep(path: str | Path, profile: Profile | str) -> Sweep:
         augment = ["flip"]
         against = "plain"           # to be compared with
         backbones = ["alexnet"]     # instead of all
+        seeds = [0]                 # instead of all
         [quick]                     # in profile quick (standard, full): what differs
         seeds = [0]
         common = { epochs = 1 }
@@ -106,14 +107,16 @@ def read_sweep(path: str | Path, profile: Profile | str) -> Sweep:
     _refuse_unknown(path, "settings: ", kept, settings)
     jobs = []
     for setting in kept:
-        own = _table(path, settings, setting, (*FIELDS, "against", "backbones"))
+        own = _table(path, settings, setting, (*FIELDS, "against", "backbones", "seeds"))
         against = own.pop("against", None)
         _refuse_unknown(path, f"{setting}: against ", [against] * (against is not None), settings)
-        names = _list(path, own, "backbones") if "backbones" in own else backbones
-        own.pop("backbones", None)
-        if "backbones" in changes:
-            names = [name for name in names if name in backbones]
-        for backbone, seed in itertools.product(names, seeds):
+        given = {"backbones": backbones, "seeds": seeds}
+        for key, of_all in given.items():
+            given[key] = _list(path, own, key) if key in own else of_all
+            own.pop(key, None)
+            if key in changes:
+                given[key] = [value for value in given[key] if value in of_all]
+        for backbone, seed in itertools.product(*given.values()):
             name = "-".join(re.sub(r"\W+", "-", str(part)).strip("-") for part in (setting, backbone, f"s{seed}"))
             try:
                 plan = Plan(**{**common, **own, "backbone": backbone, "seed": seed})

@@ -24,6 +24,9 @@ class OtherCheckpoint(CTError):
     """A checkpoint that is damaged, or of another run."""
 
 
+SEED_STEP = 100_003  # between the torch seeds of one run's epochs and the next seed's
+
+
 @dataclasses.dataclass
 class TrainResult:
     """What `train_model` returns."""
@@ -109,7 +112,7 @@ def train_model(
             if patience and epoch - result.best_epoch > patience:
                 break
             start = time.perf_counter()
-            torch.manual_seed(seed * 100_003 + epoch)
+            torch.manual_seed(seed * SEED_STEP + epoch)
             row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
 
             for phase in ("train", "val"):
