@@ -83,6 +83,21 @@ def score_interval(y_true: np.ndarray, y_pred_or_score: np.ndarray, metric: str 
     return Interval(*_interval(y_true, [y_pred_or_score], [1], metric, **options))
 
 
+def permuted_score(y_true: np.ndarray, y_pred: np.ndarray, num_classes: int, seed: int = 0, n: int = 1000) -> Interval:
+    """Return what guessing scores: macro F1 of these predictions against shuffled labels, mean and 95 % range.
+
+    The share of slices called each class stays; which slices they are becomes chance. A score says nothing before it
+    lies above this, and always saying the most frequent class scores less.
+    """
+    y_true, (y_pred,), num_classes = _labels(y_true, [y_pred], num_classes)
+    shuffled = np.random.default_rng(seed).permuted(np.tile(y_pred, (n, 1)), axis=1)
+    classes = range(num_classes)
+    right = np.stack([np.count_nonzero(shuffled[:, y_true == k] == k, axis=1) for k in classes], axis=1)
+    total = np.bincount(y_true, minlength=num_classes) + np.bincount(y_pred, minlength=num_classes)
+    scores = (2 * right / total.clip(1)).mean(axis=1)
+    return Interval(float(scores.mean()), *np.quantile(scores, [0.025, 0.975]).tolist())
+
+
 def paired_difference(y_true: np.ndarray, score_a: np.ndarray, score_b: np.ndarray, **options) -> PairedDifference:
     """Compare two trained models on the same slices: those that both get right, or both wrong, cancel out."""
     return seeds_difference(y_true, [score_a], [score_b], **options)

@@ -44,6 +44,20 @@ def interval(run: Run, split: str) -> metrics.Interval:
     return metrics.score_interval(run.y_true(split), run.y_score(split), patients=run.patients(split))
 
 
+def permuted(run: Run, split: str) -> metrics.Interval:
+    """Return what guessing scores on a split with the run's predictions; see `metrics.permuted_score`."""
+    return metrics.permuted_score(run.y_true(split), run.y_score(split), len(run.classes))
+
+
+def above_chance(run: Run, split: str) -> bool:
+    """Say whether the whole interval of a run's macro F1 lies above the whole 95 % range of guessing.
+
+    Strict on purpose: many models are looked at, on validation the best of ten epochs, and slices of one patient are
+    shuffled singly. What fails is called "not above chance"; its single answers are not worth a look.
+    """
+    return interval(run, split).low > permuted(run, split).high
+
+
 def missing_runs(runs: Sequence[Run]) -> dict[str, str]:
     """Return {backbone's title: notebook that makes its record} for the deck's backbones without a run."""
     there = {run.plan.backbone for run in runs}

@@ -119,6 +119,16 @@ def test_patients_are_drawn_where_they_are_known():
     assert clustered.high - clustered.low > 2 * (pair.high - pair.low) and clustered.verdict == "A is higher"
 
 
+def test_permuted_score_is_that_of_shuffled_labels():
+    y_true, y_score, _ = make_case(200)
+    y_pred, rng = np.where(y_score.argmax(axis=1) == 3, 0, y_score.argmax(axis=1)), np.random.default_rng(9)
+    scores = [metrics.macro_f1(rng.permutation(y_true), y_pred, 6) for _ in range(4000)]
+    found = metrics.permuted_score(y_true, y_pred, 6)
+    assert found == pytest.approx((np.mean(scores), *np.quantile(scores, [0.025, 0.975])), abs=0.006)
+    assert found == metrics.permuted_score(y_true, y_pred, 6) != metrics.permuted_score(y_true, y_pred, 6, seed=1)
+    assert metrics.permuted_score([0, 0, 1, 1], [1, 1, 1, 1], 2) == pytest.approx((1 / 3,) * 3)
+
+
 def test_paired_difference():
     y_true, y_score, _ = make_case(400)
     better = 0.5 * y_score + 0.5 * np.eye(5)[y_true] * (np.arange(400) % 2)[:, None]

@@ -97,6 +97,14 @@ def test_comparison_table_recomputes_and_orders():
     assert results.results_markdown(runs).count("\n") == 4 and "| 0.905 |" in results.results_markdown(runs)
 
 
+@pytest.mark.parametrize(("skill", "above"), [(2.0, True), (0.0, False)])
+def test_above_chance_where_the_intervals_lie_apart(skill, above):
+    run = make_run(skill=skill)
+    assert results.above_chance(run, "test") == above
+    y_true, y_pred = run.y_true("test"), run.y_score("test").argmax(axis=1)
+    assert results.permuted(run, "test") == metrics.permuted_score(y_true, y_pred, 3)
+
+
 def test_missing_runs_name_their_notebook():
     missing = results.missing_runs([make_run(backbone="vgg16"), make_run(backbone="efficientnet_lite0")])
     assert "VGG16" not in missing and len(missing) == 5 and missing["MobileNetV3"] == "08_mobilenet_v3"
