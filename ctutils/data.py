@@ -247,7 +247,8 @@ def read_patients(root: Path, paths: pd.Series) -> tuple[np.ndarray, list[str]]:
     """Return the patient of every path, str (N,), "" where unknown, and the table's paths that name no slice.
 
     Read from the first CSV file at the root, patients.csv and findings.csv before others, with a column of
-    `PATH_COLUMNS` (as in `paths`, or a file name that occurs once) and one of `PATIENT_COLUMNS`, in any case.
+    `PATH_COLUMNS` (as in `paths`, or a file name that occurs once) and one of `PATIENT_COLUMNS`, in any case;
+    in UTF-8 or UTF-16, with commas, semicolons or tabs; patient 12.0 is patient 12.
 
     Raises:
         CTError: patients.csv cannot be read or lacks a column.
@@ -255,7 +256,10 @@ def read_patients(root: Path, paths: pd.Series) -> tuple[np.ndarray, list[str]]:
     own = [root / "patients.csv", root / "findings.csv"]
     for file in [*own, *sorted(set(root.glob("*.csv")) - set(own))]:
         try:
-            table = pd.read_csv(file, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+            content = file.read_bytes()
+            text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+            comma = max(",;\t", key=text.partition("\n")[0].count)  # what separates the names of the columns
+            table = pd.read_csv(io.StringIO(text), sep=comma, dtype=str, keep_default_na=False)
             lower = {name.strip().lower(): name for name in reversed(table.columns)}
             places = table[next(lower[name] for name in PATH_COLUMNS if name in lower)]
             patients = table[next(lower[name] for name in PATIENT_COLUMNS if name in lower)]
@@ -271,7 +275,8 @@ def read_patients(root: Path, paths: pd.Series) -> tuple[np.ndarray, list[str]]:
         known: dict[str, str] = {}
         for place, patient in zip(places, patients, strict=True):
             place = place.strip().replace("\\", "/").removeprefix("./")
-            known.setdefault(full.get(place, place), " ".join(patient.split()))
+            # A spreadsheet writes patient 12 as 12.0 where a cell of the column is empty.
+            known.setdefault(full.get(place, place), re.sub(r"^(\d+)\.0+$", r"\1", " ".join(patient.split())))
         return np.array([known.get(path, "") for path in paths]), sorted(known.keys() - full.keys())
     return np.full(len(paths), ""), []
 

@@ -367,6 +367,15 @@ def test_patients_come_from_a_table_at_the_root(root, name, header):
     assert (load_folder(root).slices["patient"] == first).sum() == 1, "patients.csv, then findings.csv, then others"
 
 
+@pytest.mark.parametrize("comma", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_patients_as_a_spreadsheet_saves_them(root, comma, encoding):
+    rows = [("path", "patient"), ("train/ILD/slice 0.png", "12"), ("val/폐렴/slice 0.png", "12.0"), ("x.png", "1.05")]
+    text = "\r\n".join(comma.join(row) for row in rows)
+    (root / "patients.csv").write_bytes(text.encode(encoding))
+    assert (load_folder(root).slices["patient"] == "12").sum() == 2
+
+
 @pytest.mark.parametrize("content", [b"", b"path,doctor\na.png,b\n", b'path,patient\n"a', b"\xff\xfe\x00", None])
 def test_patients_csv_that_cannot_be_read(root, content):
     (root / "patients.csv").mkdir() if content is None else (root / "patients.csv").write_bytes(content)
