@@ -72,7 +72,8 @@ def check(root: Path, **options):
 
 def messages(report, severity: str) -> dict[str, str]:
     rows = report.findings[report.findings["severity"] == severity]
-    return {row.check: f"{row.message} {' '.join(row.examples)}" for row in rows.itertuples()}
+    said = rows["message"] + " " + rows["examples"].str.join(" ")
+    return said.groupby(rows["check"]).agg(" ".join).to_dict()
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -145,6 +146,12 @@ def test_near_twins_are_found_and_no_other_pair_in_little_memory(tmp_path):
     assert pairs == {frozenset([f"train/ILD/{name}.png", f"val/ILD/{name}.png"]) for name in TWINS}
     assert (found["correlation"] > 0.94).all() and (found["detail"] > 0.8).all()
     assert not len(exact_duplicates(decoded))
+    # Other names, another order: the copy of `clean_copy` must give the same pairs as its source.
+    order = np.arange(len(decoded.table))[::-1]
+    renamed = decoded.rows(order)
+    renamed.table["path"] = decoded.table["path"]
+    again = near_duplicates(renamed)[["correlation", "detail"]].to_numpy()
+    assert np.allclose(np.sort(again, axis=0), np.sort(found[["correlation", "detail"]].to_numpy(), axis=0), atol=1e-6)
     held = decoded.body.nbytes + decoded.lungs.nbytes + sum(values.nbytes for values in decoded.features.values())
     assert held / len(decoded.table) < 20_000, "bytes a slice"
 
@@ -184,13 +191,26 @@ def test_unreadable_and_odd_files_are_told(tmp_path):
     (root / "patients.csv").write_text("slice,patient\na,b\n")
     report = check(root, probes=True)
     errors, warnings, info = (messages(report, severity) for severity in ("error", "warning", "info"))
-    assert set(errors) == {"unreadable files"} and "3 file(s)" in errors["unreadable files"]
+    assert set(errors) == {"unreadable files"}
     assert all(name in errors["unreadable files"] for name in ("empty.png", "text.png", "half.png"))
     assert "train/ILD/c.png" in warnings["colour pictures"] and "d.png" not in warnings["colour pictures"]
     assert "2 slice(s) of one grey level" in warnings["blank pictures"] and not len(report.tables["near"])
     assert "patients.csv" in warnings["patients"] and "train/ILD/notes.txt" in info["other files"]
     assert report.tables["probes"].empty and "too few" in info["shortcut probes"]
     assert "train/ILD/d.png" in info["picture size"] and "train/ILD/d.png" in info["picture mode"]
+
+
+def test_every_unreadable_file_is_named_under_its_fault(tmp_path):
+    root = write(tmp_path / "set", {})
+    bad = {f"train/ILD/text {i}.png": b"no picture" for i in range(12)}
+    bad |= {f"val/ILD/half {i}.png": (root / "val/ILD/own 0.png").read_bytes()[: 900 + 7 * i] for i in range(8)}
+    for path, content in bad.items():
+        (root / path).write_bytes(content)
+    report = check(root)
+    assert report.findings.loc[report.findings["severity"] == "error", "count"].tolist() == [12, 8], "one a fault"
+    assert all(path in report.to_text() for path in bad)
+    named = [name for row in report.to_json(limit=5)["findings"][:2] for name in row["examples"]]
+    assert sorted(name.split(" (")[0] for name in named) == sorted(bad)
 
 
 def test_a_broken_layout_is_one_error(tmp_path):
@@ -366,6 +386,19 @@ def test_clean_copy_keeps_sound_splits_makes_its_own_report_and_fills_an_empty_f
     out = clean_copy(root, tmp_path / "out")
     assert set(files_below(root)) - set(files_below(out)) == {"train/ILD/b.png"}
     assert json.loads((out / "dataset.json").read_text(encoding="utf-8"))["cleaned"]["splits"] == "kept"
+
+
+def test_what_comes_up_when_slices_are_left_out_is_mended_too(dirty, tmp_path, monkeypatch):
+    root, report = dirty
+    late = pd.DataFrame([("train/ILD/8.png", "val/ILD/28.png", "ILD", "ILD", False)])
+    late.columns = ["path_a", "path_b", "class_a", "class_b", "same_patient"]
+    monkeypatch.setattr(clean, "near_duplicates", lambda part: late)
+    meta = json.loads((clean_copy(root, tmp_path / "out", report) / "dataset.json").read_text(encoding="utf-8"))
+    place = {source: name.split("/")[0] for name, source in meta["cleaned"]["came_from"].items()}
+    assert place["train/ILD/8.png"] == place["val/ILD/28.png"]
+    late["class_b"] = CLASSES[1]
+    meta = json.loads((clean_copy(root, tmp_path / "out 2", report) / "dataset.json").read_text(encoding="utf-8"))
+    assert {"train/ILD/8.png", "val/ILD/28.png"} <= {row["path"] for row in meta["cleaned"]["removed"]}
 
 
 def test_clean_copy_refuses_and_is_all_or_nothing(dirty, tmp_path, monkeypatch):

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ctutils.audit.duplicates import group_slices, near_duplicates
+from ctutils.audit.look import Decoded
 from ctutils.audit.report import AuditReport, audit
 from ctutils.base import CTError, progress, write_json
 from ctutils.data import SPLITS
@@ -46,11 +48,11 @@ def clean_copy(root: str | Path, out: str | Path, report: AuditReport | None = N
         message = report.findings["message"].iloc[0]
         raise CTError(f"a data set that cannot be read: {message}", "split and class folders", "mend the layout first")
     slices = report.tables["slices"]
-    why = _reasons_to_drop(slices, report.tables["near"])
-    kept = slices[why == ""]
+    why, kept = _settle(slices, report.tables["near"], report.decoded)
     splits = [split for split in SPLITS if (slices["split"] == split).any()]
     name = kept["path"].str.split("/").str[2:].str.join("/")
-    rebuilt = bool((slices[slices["problem"] == ""].groupby("group")["split"].nunique() > 1).any())
+    groups = [table.groupby("group")["split"] for table in (slices[slices["problem"] == ""], kept)]
+    rebuilt = any((splits_of.nunique() > 1).any() for splits_of in groups)
     if rebuilt:
         name = kept["split"] + "_" + name  # two files of one name may meet
         kept = kept.assign(split=_new_splits(kept, slices["split"].value_counts(normalize=True)[splits], seed))
@@ -82,6 +84,24 @@ def clean_copy(root: str | Path, out: str | Path, report: AuditReport | None = N
         found = f"an error while writing '{out}' ({error})"
         raise CTError(found, "room and rights there", "mend that and run again; nothing was kept") from error
     return out
+
+
+def _settle(slices: pd.DataFrame, near: pd.DataFrame, decoded: Decoded) -> tuple[pd.Series, pd.DataFrame]:
+    """Return why each slice is left out, and those that stay, with a group from which nothing is split off.
+
+    A slice's nearest twins are searched among all others: when some are left out, new ones may come up. So the
+    search is repeated on what stays until nothing new is found, and the copy is clean at once.
+    """
+    why, searched = _reasons_to_drop(slices, near), set(slices["pixels"]) - {""}
+    while True:
+        stay = why == ""
+        part = decoded.rows(stay.to_numpy())
+        near = near[near["path_a"].isin(part.table["path"]) & near["path_b"].isin(part.table["path"])]
+        if searched == set(part.table["pixels"]):
+            return why, slices[stay].assign(group=group_slices(part, near))
+        searched = set(part.table["pixels"])
+        near = pd.concat([near, near_duplicates(part)], ignore_index=True)
+        why[stay] = _reasons_to_drop(slices[stay], near)
 
 
 def _reasons_to_drop(slices: pd.DataFrame, near: pd.DataFrame) -> pd.Series:

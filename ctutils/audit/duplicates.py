@@ -46,7 +46,8 @@ def near_duplicates(decoded: Decoded) -> pd.DataFrame:
     Source: notebook 01.
     """
     usable = decoded.table[(decoded.table["problem"] == "") & ~decoded.table["blank"]]
-    unique = usable[~usable["pixels"].duplicated()]
+    # In the order of their content: the same slices under other names give the same pairs.
+    unique = usable[~usable["pixels"].duplicated()].sort_values("pixels")
     found = _confirmed(decoded.body[unique.index], decoded.lungs[unique.index])
     # Bring the copies back in, one a split and class: a leak is a leak through each of them.
     copies = usable.drop_duplicates(["pixels", "split", "class"])[["pixels", "path", "split", "class", "patient"]]
@@ -56,6 +57,9 @@ def near_duplicates(decoded: Decoded) -> pd.DataFrame:
     known = (found["patient_a"] != "") & (found["patient_b"] != "")
     found["same_patient"] = known & (found["patient_a"] == found["patient_b"])
     found = found[~known | found["same_patient"] | (found["detail"] >= SURE_DETAIL)]
+    turn = found["path_a"] > found["path_b"]
+    for one, other in (("path_a", "path_b"), ("split_a", "split_b"), ("class_a", "class_b")):
+        found.loc[turn, [one, other]] = found.loc[turn, [other, one]].to_numpy()
     found = found.sort_values(["correlation", "path_a", "path_b"], ascending=[False, True, True], kind="stable")
     keep = ["path_a", "path_b", "split_a", "split_b", "class_a", "class_b"]
     return found[[*keep, "correlation", "detail", "same_patient", "aligned"]].reset_index(drop=True)

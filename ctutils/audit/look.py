@@ -37,6 +37,11 @@ class Decoded:
     lungs: np.ndarray
     features: dict[str, np.ndarray]
 
+    def rows(self, keep: np.ndarray) -> "Decoded":
+        """Return what is kept of some slices; `keep`: bool (N,), or row numbers."""
+        features = {name: values[keep] for name, values in self.features.items()}
+        return Decoded(self.table.loc[keep].reset_index(drop=True), self.body[keep], self.lungs[keep], features)
+
 
 def decode_pass(folder: SliceFolder) -> Decoded:
     """Decode every slice once at full resolution, in parallel, and keep only small things.

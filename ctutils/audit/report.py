@@ -11,12 +11,13 @@ from typing import Any
 import pandas as pd
 
 from ctutils.audit.duplicates import exact_duplicates, group_slices, near_duplicates
-from ctutils.audit.look import decode_pass
+from ctutils.audit.look import Decoded, decode_pass
 from ctutils.audit.probes import shortcut_probes
 from ctutils.base import CTError, read_json, write_json
 from ctutils.config import cache_dir
 from ctutils.data import SPLIT_NAMES, SPLITS, SliceFolder, load_folder, read_patients
 
+UNREADABLE = "unreadable files"  # this check names all its files
 VERDICTS = "audit/{}-2.json"  # of a fingerprint; raise the number when the audit judges otherwise
 
 
@@ -28,9 +29,10 @@ class AuditReport:
         root: the folder.
         name, meta: the data set's, as in `SliceFolder`.
         findings: a row a finding, worst first: severity (error, warning, info), check, message, count,
-            examples (up to five paths).
+            examples (all paths).
         tables: counts, leaks, exact, near, probes; slices (with group and patient). Empty when the layout
             is broken.
+        decoded: what was kept of every slice, for `clean_copy`; None when the layout is broken.
     """
 
     root: Path
@@ -38,6 +40,7 @@ class AuditReport:
     tables: dict[str, pd.DataFrame]
     name: str = ""
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    decoded: Decoded | None = dataclasses.field(default=None, repr=False)
 
     @property
     def ok(self) -> bool:
@@ -45,26 +48,32 @@ class AuditReport:
         return not (self.findings["severity"] == "error").any()
 
     def to_json(self, limit: int = 1000) -> dict[str, Any]:
-        """Return a dict for JSON; of long tables the first `limit` rows, of all their number."""
+        """Return a dict for JSON; of long tables the first `limit` rows, of all their number; all unreadable files."""
 
         def rows(table: pd.DataFrame) -> list[dict]:
             return json.loads(table.to_json(orient="records", force_ascii=False))
 
+        found = self.findings.copy()
+        examples = zip(found["examples"], found["check"], strict=True)
+        found["examples"] = [paths if check == UNREADABLE else paths[:limit] for paths, check in examples]
         tables = {name: table for name, table in self.tables.items() if name != "slices"}
         return {
             "root": str(self.root),
             "ok": self.ok,
-            "findings": rows(self.findings),
+            "findings": rows(found),
             "tables": {name: rows(table.head(limit)) for name, table in tables.items()},
             "rows": {name: len(table) for name, table in tables.items()},
         }
 
     def to_text(self) -> str:
-        """Return the findings as lines."""
+        """Return the findings as lines, with all unreadable files, and of others the first five."""
         lines = []
         for row in self.findings.itertuples():
             lines.append(f"{row.severity.upper():8}{row.check}: {row.message}")
-            lines += [f"{'':10}{example}" for example in row.examples if row.severity != "info"]
+            most = 0 if row.severity == "info" else len(row.examples) if row.check == UNREADABLE else 5
+            lines += [f"{'':10}{example}" for example in row.examples[:most]]
+            if 0 < most < len(row.examples):
+                lines.append(f"{'':10}and {len(row.examples) - most} more (--json)")
         end = "Nothing must be mended." if self.ok else "Errors must be mended; --fix OUT writes a cleaned copy."
         return "\n".join([*lines, "", end])
 
@@ -98,7 +107,7 @@ def audit(root: str | Path, *, probes: bool = True, cache: Path | None = None) -
     if probes:
         tables["probes"] = shortcut_probes(decoded, slices["group"].to_numpy())
         found += _of_probes(tables["probes"])
-    report = AuditReport(root, _table(found), tables, folder.name, folder.meta)
+    report = AuditReport(root, _table(found), tables, folder.name, folder.meta, decoded)
     if probes:
         with contextlib.suppress(CTError, OSError):  # a cache that cannot be written costs the next card an audit
             write_json(Path(cache) / VERDICTS.format(folder.fingerprint), {"verdicts": report.verdicts()})
@@ -123,14 +132,15 @@ def _table(found: Iterable[Finding]) -> pd.DataFrame:
         paths = [] if examples is None else list(examples)
         if paths or examples is None:
             message = message.replace("{}", str(len(paths))) if paths else message
-            rows.append((severity, check, message, max(1, len(paths)), paths[:5]))
+            rows.append((severity, check, message, max(1, len(paths)), paths))
     rows.sort(key=lambda row: ("error", "warning", "info").index(row[0]))
     return pd.DataFrame(rows, columns=["severity", "check", "message", "count", "examples"])
 
 
 def _of_files(folder: SliceFolder, slices: pd.DataFrame) -> Iterator[Finding]:
     bad = slices[slices["problem"] != ""]
-    yield "error", "unreadable files", "{} file(s) cannot be decoded", bad["path"] + " (" + bad["problem"] + ")"
+    for fault, some in bad.groupby(bad["problem"].str.replace(r"'.*'|\d+", "...", regex=True), sort=False):
+        yield "error", UNREADABLE, f"{{}} file(s): {fault}", some["path"] + " (" + some["problem"] + ")"
     counts = slices["class"].value_counts()
     message = f"{len(slices)} slices, {len(counts)} classes; the largest class ({counts.index[0]}) is "
     message += f"{counts.iloc[0] / counts.iloc[-1]:.1f} times the smallest ({counts.index[-1]})"
