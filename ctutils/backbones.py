@@ -136,8 +136,8 @@ def split_model(model: nn.Module, name: str, at: str | None = None) -> tuple[nn.
     """Cut a network into a part that stays frozen, whose output can be cached, and the rest.
 
     Args:
-        model: a network of `build_model(name)`, its head replaced before. Layers are shared with it, not copied,
-            and keep their names.
+        model: a network of `build_model(name)`, its head replaced before, or a backbone cut from one. Layers are
+            shared with it, not copied, and keep their names.
         name: a key of `BACKBONES`.
         at: first layer of the rest. By default the spec's `cut`, which stands before the first dropout, since what
             comes after it differs at every pass: features (B, D), D being 4096 for vgg16, 9216 for alexnet, and
@@ -150,7 +150,9 @@ def split_model(model: nn.Module, name: str, at: str | None = None) -> tuple[nn.
     calls = {"relu": nn.ReLU(inplace=True), "flatten": nn.Flatten(1), "avgpool": nn.AdaptiveAvgPool2d(1)}
     backbone, head = OrderedDict(), OrderedDict()
     for part in spec.body:
-        layer = getattr(model, part, None) or calls[part]
+        layer = getattr(model, part, None) or calls.get(part)
+        if layer is None:  # the model is itself a backbone, which ends before this part
+            break
         if part == stage and child:  # inside: a slice of a Sequential keeps the names
             place = [key for key, _ in layer.named_children()].index(child)
             if place:

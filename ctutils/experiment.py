@@ -148,7 +148,7 @@ def featurise(plan: Plan, settings: Settings, folder: SliceFolder, network: Netw
     # Statistics of random weights say nothing until they are estimated; training moves them on from there.
     if network.bn == "adapt" or (network.bn == "train" and network.weights.kind == "random"):
         options = {"precision": plan.precision, "seed": plan.seed}
-        adapt_cached(nn.Sequential(whole.backbone, whole.head), store, spec, folder, settings, **options)
+        adapt_cached(whole, network.weights.sha256, store, spec, folder, settings, **options)
     network.standardised = plan.standardise and plan.unfreeze == "none" and network.bn != "drift"
     options = {"batch_size": plan.batch_size}
     if network.cached or network.standardised:
@@ -290,7 +290,8 @@ def build_optimizer(plan: Plan, network: Network, lr: float) -> torch.optim.Opti
         power = 0 if in_head else 1 if id(parameter) in network.last_block else 2
         groups.setdefault(share**power, []).append(parameter)
     options = {}
-    if not network.cached and plan.optimizer != "rmsprop" and next(network.whole.parameters()).device.type != "mps":
+    on = next(network.learner.parameters()).device.type
+    if plan.unfreeze != "none" and plan.optimizer != "rmsprop" and on != "mps":
         options["fused"] = True  # the step in one call, which matters for a network's millions of weights
     groups = [{"params": some, "lr": lr * factor} for factor, some in groups.items() if some]
     return OPTIMIZERS[plan.optimizer](groups, lr=lr, **options)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from ctutils.augment import build_augment
-from ctutils.backbones import BatchNorm, adapt_batchnorm, state_sha256
+from ctutils.backbones import BatchNorm, Joined, adapt_batchnorm, split_model, state_sha256
 from ctutils.base import CTError, atomic_path, progress, write_json
 from ctutils.config import Settings
 from ctutils.data import normalise
@@ -72,7 +72,8 @@ def forward_pass(
 
     Args:
         backbone: maps images (B, 3, S, S) to features (B, D) or activations (B, K, h, w).
-        store: uint8 (N, S, S), see `build_store`; rows: which M slices of it (default: all N).
+        store: uint8 (N, S, S), see `build_store`, or activations (N, K, h, w) of a pass that stopped earlier; rows:
+            which M slices of it (default: all N).
         spec: says how the network's input is normalised.
         precision: `float32`, `bfloat16` or `auto`.
         batch_size: slices at a time (default 16 on a CPU, 256 on a GPU); a batch that the memory does not hold goes
@@ -98,12 +99,12 @@ def forward_pass(
         exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     with exact, progress(total=len(rows), desc="One pass", unit="slice", leave=False) as bar:
         for start in range(0, len(rows), batch_size):
-            grey = torch.from_numpy(store[rows[start : start + batch_size]])
-            grey = (grey.pin_memory() if on_gpu else grey).to(device, non_blocking=True)
-            if augment is not None:
-                grey = augment(grey[:, None])[:, 0]
-            images = nn.functional.embedding(grey.int(), table).permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
-            images = images if fold else images.contiguous()
+            images = torch.as_tensor(store[rows[start : start + batch_size]])
+            images = (images.pin_memory() if on_gpu else images).to(device, non_blocking=True)
+            if images.ndim == 3:
+                images = images if augment is None else augment(images[:, None])[:, 0]
+                images = nn.functional.embedding(images.int(), table).permute(0, 3, 1, 2)  # (B, H, W, 3): channels-last
+                images = images if fold else images.contiguous()
             batch = None
             while batch is None:
                 try:
@@ -130,7 +131,8 @@ def cached_features(
 
     The key holds all that the result depends on: the slices' fingerprint, their size, the backbone with the
     hash of its weights and BatchNorm statistics as they stand, the normalisation, the precision and the kind of
-    device (the random views are drawn in its batches).
+    device (the random views are drawn in its batches). Where a pass that stopped before the last block was made
+    before, this one goes on from there.
 
     Args:
         backbone, store, spec, rows, precision: as for `forward_pass`.
@@ -146,12 +148,21 @@ def cached_features(
     """
     precision, kind = choose_precision(precision, settings.device), torch.device(settings.device).type
     rows = np.arange(len(store)) if rows is None else np.asarray(rows, np.int64)
-    key = [PASS_VERSION, folder.fingerprint, store.shape, hashlib.sha256(rows.tobytes()).hexdigest()]
-    key += [state_sha256(backbone), spec.mean, spec.std, precision, kind]
-    key += [augmentations, views, seed] if augmentations else []
-    path = _place(settings, "features", spec, key).with_suffix(".npy")
+    about = [PASS_VERSION, folder.fingerprint, store.shape, hashlib.sha256(rows.tobytes()).hexdigest()]
+    drawn = [augmentations, views, seed] if augmentations else []
+
+    def place(part: nn.Module) -> tuple[Path, list]:
+        key = [*about, state_sha256(part), spec.mean, spec.std, precision, kind, *drawn]
+        return _place(settings, "features", spec, key).with_suffix(".npy"), key
+
+    path, key = place(backbone)
     if (found := _open(path, precision)) is not None:
         return found
+    before, count = 0.0, len(rows)
+    if not augmentations and any(name == spec.last_block for name, _ in backbone.named_modules()):
+        trunk, block = split_model(backbone, spec.name, spec.last_block)
+        if (begun := _open(place(trunk)[0], precision)) is not None:
+            backbone, store, rows, before = block, begun[0][0], None, begun[1]
     options = {"rows": rows, "device": settings.device, "precision": precision}
     options["augment"], views = build_augment(augmentations), views if augmentations else 1
     start, out, devices = time.perf_counter(), None, [torch.device(settings.device)] if kind == "cuda" else []
@@ -163,36 +174,38 @@ def cached_features(
                 # numpy has no bfloat16: its bits are kept as whole numbers.
                 values = batch.view(torch.int16).numpy() if precision == "bfloat16" else batch.numpy()
                 if out is None:
-                    shape = (views, len(rows), *values.shape[1:])
+                    shape = (views, count, *values.shape[1:])
                     _need_room(path, int(np.prod(shape)) * values.itemsize)
                     out = np.lib.format.open_memmap(temporary, "w+", values.dtype, shape)
                 out[view, done : done + len(values)] = values
                 done += len(values)
         out.flush()
         del out
-    write_json(path.with_suffix(".json"), {"key": key, "seconds": time.perf_counter() - start})
+    write_json(path.with_suffix(".json"), {"key": key, "seconds": before + time.perf_counter() - start})
     return _open(path, precision)
 
 
-def adapt_cached(backbone: nn.Module, store, spec, folder, settings, *, precision="auto", seed=0) -> None:
+def adapt_cached(whole: Joined, weights: str, store, spec, folder, settings, *, precision="auto", seed=0) -> None:
     """`adapt_batchnorm` on 256 random training slices, from `data/cache/batchnorm` if it was done before.
 
     Args:
-        backbone: changed in place: running statistics alone.
+        whole: a new network, cut anywhere; changed in place: running statistics alone.
+        weights: SHA-256 of what it was built from.
         store, spec, folder, settings, precision: as for `cached_features`.
         seed: of the choice of slices.
     Source: notebook 05, section 4.
     """
-    if not any(isinstance(part, BatchNorm) for part in backbone.modules()):
+    if not any(isinstance(part, BatchNorm) for part in whole.modules()):
         return
     rows = np.random.default_rng(seed).permutation(folder.rows("train"))[:256]
     precision, kind = choose_precision(precision, settings.device), torch.device(settings.device).type
-    key = [PASS_VERSION, folder.fingerprint, store.shape, seed, state_sha256(backbone), spec.mean, spec.std, precision]
+    key = [PASS_VERSION, folder.fingerprint, store.shape, seed, weights, spec.mean, spec.std, precision]
     path = _place(settings, "batchnorm", spec, [*key, kind]).with_suffix(".safetensors")
+    places = {name.partition(".")[2]: name for name in whole.state_dict()}  # without the part that it is in
     try:
-        backbone.load_state_dict(load_file(path), strict=False)
+        whole.load_state_dict({places[name]: value for name, value in load_file(path).items()}, strict=False)
         return
-    except (OSError, SafetensorError, RuntimeError):
+    except (OSError, SafetensorError, RuntimeError, KeyError):
         pass  # absent or damaged: made again
 
     def batches():
@@ -200,12 +213,12 @@ def adapt_cached(backbone: nn.Module, store, spec, folder, settings, *, precisio
             grey = torch.from_numpy(store[rows[start : start + 16]])[:, None].to(settings.device)
             yield normalise(grey, spec.mean, spec.std).contiguous(memory_format=torch.channels_last)
 
-    backbone.to(memory_format=torch.channels_last)
+    whole.to(memory_format=torch.channels_last)
     with torch.autocast(kind, torch.bfloat16, enabled=precision == "bfloat16"):
-        adapt_batchnorm(backbone, batches(), settings.device)
-    backbone.to(memory_format=torch.contiguous_format)
+        adapt_batchnorm(nn.Sequential(*whole), batches(), settings.device)  # not `Joined`, which says its precision
+    whole.to(memory_format=torch.contiguous_format)
     kept = (".running_mean", ".running_var", ".num_batches_tracked")
-    state = {name: value.cpu() for name, value in backbone.state_dict().items() if name.endswith(kept)}
+    state = {place: whole.state_dict()[name].cpu() for place, name in places.items() if name.endswith(kept)}
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(state))
 

@@ -79,24 +79,41 @@ def slice_grid(
     return axes.ravel()
 
 
-def learning_curves(history: pd.DataFrame, title: str = "Learning curves") -> np.ndarray:
-    """Draw loss and macro F1 by epoch, training and validation, in two Axes; the best epoch is marked.
+def learning_curves(
+    history: pd.DataFrame | dict[str, pd.DataFrame],
+    title: str = "Learning curves",
+    chance: tuple[float, float] | None = None,
+) -> np.ndarray:
+    """Draw loss and macro F1 by epoch, training and validation, in two Axes; best epochs are marked.
 
-    The history has one row an epoch: epoch, train_loss, val_loss, train_macro_f1, val_macro_f1.
+    Args:
+        history: one row per epoch: epoch, train_loss, val_loss, train_macro_f1, val_macro_f1; of several runs
+            {name: history}, each in a colour of its own.
+        chance: what guessing scores on validation, from the lowest to the highest: a grey band.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.2 + 0.5 * isinstance(history, dict)), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    best = history.loc[history["val_macro_f1"].idxmax()]
-    for ax, column, label in zip(axes, ("loss", "macro_f1"), ("cross-entropy loss", "macro F1"), strict=True):
-        for split, name, style in (("train", "training", "o-"), ("val", "validation", "s--")):
-            line = {"color": SPLIT_COLOURS[split], "markersize": 4, "label": name}
-            ax.plot(history["epoch"], history[f"{split}_{column}"], style, **line)
-        ax.axvline(best["epoch"], color=GREY, linewidth=1, linestyle=":")
+    runs = history if isinstance(history, dict) else {"": history}
+    for k, (name, rows) in enumerate(runs.items()):
+        best = rows.loc[rows["val_macro_f1"].idxmax()]
+        for split, word, style in (("train", "training", "o-"), ("val", "validation", "s--")):
+            colour, label = (COLOURS[k], f"{name}, {word}") if name else (SPLIT_COLOURS[split], word)
+            for ax, column in zip(axes, ("loss", "macro_f1"), strict=True):
+                ax.plot(rows["epoch"], rows[f"{split}_{column}"], style, color=colour, markersize=4, label=label)
+        for ax in axes:
+            ax.axvline(best["epoch"], color=COLOURS[k] if name else GREY, linewidth=1, linestyle=":")
+    for ax, label in zip(axes, ("cross-entropy loss", "macro F1"), strict=True):
         ax.set(xlabel="epoch", ylabel=label)
         ax.xaxis.get_major_locator().set_params(integer=True)
+    if chance is not None:
+        axes[1].axhspan(*chance, color=GREY, alpha=0.2, linewidth=0, label="guessing, validation")
     axes[0].set_title("Loss")
-    axes[1].set_title(f"Macro F1: best epoch {best['epoch']:.0f}, {best['val_macro_f1']:.3f}")
-    axes[0].legend()
+    one = f": best epoch {best['epoch']:.0f}, {best['val_macro_f1']:.3f}"
+    axes[1].set_title("Macro F1" + (one if len(runs) == 1 else "; dotted: best epoch"))
+    if isinstance(history, dict):
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    else:
+        axes[0].legend()
     return axes
 
 

@@ -318,16 +318,36 @@ def tiny_set(tmp_path_factory):
 
 def test_adapted_batchnorm_is_that_of_the_training_slices_and_cached(tiny_set, monkeypatch):
     folder, store, settings = tiny_set
-    part, plain = tiny_cnn(), tiny_cnn()
-    adapt_cached(part, store, SPEC, folder, settings, precision="float32")
+
+    def adapted(at: int, weights: str = "a1") -> nn.Sequential:
+        part = tiny_cnn()
+        adapt_cached(join(part[:at], part[at:]), weights, store, SPEC, folder, settings, precision="float32")
+        return part
+
+    part, plain = adapted(1), tiny_cnn()
     pixels = torch.from_numpy(store[folder.rows("train")])[:, None]
     adapt_batchnorm(plain, [normalise(pixels, SPEC.mean, SPEC.std)])  # 12 slices are one batch
     torch.testing.assert_close(part.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(features, "adapt_batchnorm", None)  # not called again, nor without BatchNorm
-    again = tiny_cnn()
-    adapt_cached(again, store, SPEC, folder, settings, precision="float32")
-    assert state_sha256(again) == state_sha256(part)
-    adapt_cached(nn.Sequential(nn.Conv2d(3, 4, 3)), store, SPEC, folder, settings)
+    assert state_sha256(adapted(2)) == state_sha256(part), "the same network, cut elsewhere"
+    with pytest.raises(TypeError):
+        adapted(1, weights="a2")
+    adapt_cached(join(nn.Conv2d(3, 4, 3), nn.ReLU()), "a1", store, SPEC, folder, settings)
+
+
+@pytest.mark.parametrize("name", ["vgg16", "densenet161", "efficientnet_lite0"])
+def test_a_pass_goes_on_where_one_to_the_last_block_ended(tmp_path, monkeypatch, made_up, name):
+    spec, store, passed = BACKBONES[name], store_of(3, size=64), []
+    model = build_model(name)[0] if spec.package else made_up(name)
+    body, trunk = split_model(model, name)[0], split_model(model, name, spec.last_block)[0]
+    whole, real = ask(tmp_path / "whole", body, store, spec), features._inference_copy
+    monkeypatch.setattr(features, "_inference_copy", lambda part, *rest: passed.append(part) or real(part, *rest))
+    ask(tmp_path, trunk, store, spec)
+    assert relative(ask(tmp_path, body, store, spec), whole) < 1e-4
+    counts = [sum(p.numel() for p in part.parameters()) for part in (*passed, body)]
+    assert len(counts) == 3 and counts[0] + counts[1] == counts[2], "the trunk was passed twice"
+    ask(tmp_path, body, store, spec, rows=np.array([2, 0]))
+    assert passed[2] is body, "other slices than those of the earlier pass"
 
 
 @pytest.mark.parametrize("at", ["cut", "last_block"])

@@ -34,6 +34,7 @@ CALLS = {
     "setting_differences": lambda: plots.setting_differences(DIFFERENCES),
     "slice_grid": lambda: plots.slice_grid([IMAGE] * 6, titles=list("abcdef"), columns=5),
     "learning_curves": lambda: plots.learning_curves(HISTORY),
+    "curves of two runs": lambda: plots.learning_curves({"head": HISTORY, "last block": HISTORY}, chance=(0.1, 0.2)),
     "confusion_matrix": lambda: plots.confusion_matrix([0, 1, 1], [0, 1, 0], ["Normal", "폐렴"]),
     "class_counts": lambda: plots.class_counts(pd.DataFrame({"split": ["train", "val"], "class": ["a", "b"]})),
     "grey_histograms": lambda: plots.grey_histograms(np.stack([IMAGE, IMAGE]), [0, 1], ["a", "b"]),
@@ -88,6 +89,12 @@ def test_learning_curves_mark_the_best_epoch():
     assert axes[1].get_title("left").endswith("best epoch 2, 0.720") and axes[0].figure.get_suptitle() == "VGG16"
     train, val, best = axes[1].lines
     assert [*train.get_ydata(), *val.get_ydata()] == [0.4, 0.7, 0.9, 0.4, 0.72, 0.6] and set(best.get_xdata()) == {2}
+    axes = plots.learning_curves(
+        {"head": HISTORY, "all": HISTORY.assign(val_macro_f1=[0.9, 0.1, 0.2])}, chance=(0, 0.3)
+    )
+    said = ["head, training", "head, validation", "all, training", "all, validation", "guessing, validation"]
+    assert words(axes[0].figure.legends[0].get_texts()) == said
+    assert [set(line.get_xdata()) for line in axes[1].lines[2::3]] == [{2}, {1}]
 
 
 def test_confusion_matrix_counts():
