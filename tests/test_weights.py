@@ -183,6 +183,8 @@ def test_cache_is_filled_and_copied_from(server, command, tmp_path, monkeypatch)
     assert command(SMALL, LITE)[0] == 0 and build_model(SMALL)[1].kind == "imagenet"
     assert command("--to", tmp_path / "f", SMALL)[0] == 0 and server.asked == [server.names[SMALL]]
     assert files_below(tmp_path / "f") == [server.names[SMALL]]
+    (tmp_path / "hub" / "checkpoints" / server.names[SMALL]).write_bytes(b"half")
+    assert command("--to", tmp_path / "g", SMALL)[0] == 0 and len(server.asked) == 2, "a damaged file is not copied"
     monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     code, _, error = command("--to", tmp_path / "f")
     assert code == 2
