@@ -181,6 +181,7 @@ def test_cache_is_filled_and_copied_from(server, command, tmp_path, monkeypatch)
         and f"2 files, missing or wrong: {server.names[SMALL]}" in out
     )
     assert command(SMALL, LITE)[0] == 0 and build_model(SMALL)[1].kind == "imagenet"
+    assert files_below(tmp_path / "hub" / "checkpoints") == [server.names[SMALL]], "pip's files stay where they are"
     assert command("--to", tmp_path / "f", SMALL)[0] == 0 and server.asked == [server.names[SMALL]]
     assert files_below(tmp_path / "f") == [server.names[SMALL]]
     (tmp_path / "hub" / "checkpoints" / server.names[SMALL]).write_bytes(b"half")
