@@ -399,7 +399,7 @@ def run_plan(
     with claim(out):
         folder = load(plan, settings)
         network = build(plan, settings, folder)
-        if network.weights.note:
+        if network.weights.note and plan.resolved(settings).weights == "random":  # else the log has said it
             say(network.weights.note)
         loaders = featurise(plan, settings, folder, network)
         about = [plan.resolved(settings).to_json(), folder.fingerprint, network.weights.sha256, network.precision]

@@ -12,9 +12,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import check_message, files_below, user_error
+from helpers import check_message, files_below, user_error, write_set
 
-from ctutils import cli, weights
+from ctutils import cli, config, weights
 from ctutils.backbones import build_model
 from ctutils.base import file_sha256
 from ctutils.registry import BACKBONES
@@ -127,6 +127,18 @@ def test_failed_download_leaves_nothing_and_says_why_once(server, fault, why, mo
     assert build_model(SMALL, "auto")[1].note == note and len(caplog.records) == 1, "said once"
     assert time.monotonic() - begin < 5 and weights.PROBE_SECONDS + weights.SILENCE_SECONDS < 20
     assert files_below(tmp_path / "hub") == []
+
+
+def test_run_says_once_and_records_why_its_weights_are_random(server, monkeypatch, tmp_path, caplog, capsys):
+    server.status = 403
+    monkeypatch.setattr(config, "project_root", lambda: tmp_path)
+    monkeypatch.setenv("CT_WEIGHTS", "auto")
+    words = ["train", write_set(tmp_path / "set"), "--backbone", SMALL, "--epochs", 1, "--size", 64]
+    assert cli.main([*map(str, words), "--out", str(tmp_path / "run")]) == 0
+    stored = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["weights"]
+    assert stored["kind"] == "random" and "Forbidden" in stored["note"]
+    assert [record.getMessage() for record in caplog.records] == [stored["note"]]
+    assert stored["note"] not in capsys.readouterr().out, "said twice"
 
 
 @pytest.fixture
