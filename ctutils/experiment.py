@@ -335,6 +335,8 @@ def record(
             "counts": {split: {name: int(n) for name, n in row.items()} for split, row in folder.counts().items()},
             "test_from_val": bool(folder.meta.get("test_from_val", False)),
             "patients": int(patients) or None,
+            "depth": folder.depth,
+            "notes": list(folder.notes),
         },
         **{"classes": list(folder.classes), "profile": settings.profile.name, "device": settings.device},
         "weights": dataclasses.asdict(network.weights),
@@ -370,6 +372,7 @@ def run_plan(
     resume: bool | str = False,
     say: Callable[[str], None] = print,
     keep_weights: bool = True,
+    replace: bool = True,
     note: dict | None = None,
 ) -> Run:
     """Take the five steps, and write the run record; an older one there is replaced at the very end.
@@ -380,10 +383,11 @@ def run_plan(
             another one is an error, or with "if_same" a reason to start again.
         say: where the few lines for the user go.
         keep_weights, note: as for `record`.
+        replace: also a record of other slices.
     Returns:
         the record, as read back.
     Raises:
-        CTError: as the five steps; a run of this name in progress; `out` inside the data set.
+        CTError: as the five steps; a run of this name in progress; `out` inside the data set, or not to replace.
         KeyboardInterrupt: Ctrl-C before an epoch was finished.
     Source: notebook 05.
     """
@@ -398,6 +402,9 @@ def run_plan(
             raise CTError(f"the record '{out.name}' inside the data set", "a folder outside it", "choose another --out")
     with claim(out):
         folder = load(plan, settings)
+        check_replaceable(out, None if replace else folder.fingerprint)
+        for line in folder.notes:
+            say(line)
         network = build(plan, settings, folder)
         if network.weights.note and plan.resolved(settings).weights == "random":  # else the log has said it
             say(network.weights.note)

@@ -102,7 +102,7 @@ def test_run_writes_a_whole_record(first_run, room, settings):
     fingerprint = data.load_folder(room / "set", cache=room / "cache").fingerprint
     assert stored["data"] == {
         **{"name": "set", "kind": "unknown", "fingerprint": fingerprint, "counts": counts, "test_from_val": False},
-        **{"shortcut": None, "window": None, "patients": None},
+        **{"shortcut": None, "window": None, "patients": None, "depth": "", "notes": []},
     }
     assert stored["classes"] == list(CLASSES) and stored["name"] == "first"
     assert [stored[key] for key in ("profile", "device", "precision", "trained")] == ["quick", "cpu", "float32", "head"]
@@ -269,8 +269,8 @@ def test_imbalance_and_its_cures(plan, settings, tmp_path, monkeypatch):
 
 
 def test_slices_are_decoded_and_passed_once(settings, plan, tmp_path, monkeypatch):
-    decoded, passed, read, real = [], [], data.read_small, features.forward_pass
-    monkeypatch.setattr(data, "read_small", lambda *args: decoded.append(args[0]) or read(*args))
+    decoded, passed, read, real = [], [], data.read_grey, features.forward_pass
+    monkeypatch.setattr(data, "read_grey", lambda *args: decoded.append(args[0]) or read(*args))
     monkeypatch.setattr(
         features, "forward_pass", lambda *a, **kw: (passed.append(len(batch)) or batch for batch in real(*a, **kw))
     )
