@@ -678,25 +678,23 @@ def feature_loaders(folder: SliceFolder, features, *, batch_size: int = 32, view
         features: tensor (N, D) or (N, K, h, w), float32 or bfloat16, rows as in `folder.slices`; a mapped file is
             read batch by batch.
         views: tensor (V, M, ...) of V random views of the M training slices: each time a training slice is asked
-            for, one of its views is drawn.
+            for, one of its views is drawn, or the slice as it is.
     Source: notebook 02; the views: notebook 10.
     """
 
     def batches(split: str):
         rows = folder.rows(split)
-        if split == "train" and views is not None:
-            return _FeatureBatches(views, np.arange(len(rows)), folder.labels[rows])
-        return _FeatureBatches(features[None], rows, folder.labels[rows])
+        return _FeatureBatches(features, rows, folder.labels[rows], views if split == "train" else None)
 
     return _loaders(folder, batches, batch_size)
 
 
 class _FeatureBatches:
-    def __init__(self, views, rows: np.ndarray, labels: np.ndarray):
+    def __init__(self, features, rows: np.ndarray, labels: np.ndarray, views=None):
         import torch
 
-        self.views = views  # (V, N, ...)
-        self.rows, self.labels = (torch.from_numpy(some).to(views.device) for some in (rows, labels))
+        self.features, self.views = features, views  # (N, ...), (V, M, ...)
+        self.rows, self.labels = (torch.from_numpy(some).to(features.device) for some in (rows, labels))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -704,11 +702,14 @@ class _FeatureBatches:
     def __getitem__(self, indices: list[int]):
         import torch
 
-        device, view = self.views.device, 0
-        if len(self.views) > 1:
-            view = torch.randint(len(self.views), (len(indices),)).to(device, non_blocking=True)
+        device = self.features.device
         indices = torch.as_tensor(indices).to(device, non_blocking=True)
-        return self.views[view, self.rows[indices]].float(), self.labels[indices]
+        batch = self.features[self.rows[indices]].float()
+        if self.views is not None:
+            drawn = torch.randint(len(self.views) + 1, (len(indices),)).to(device, non_blocking=True)  # 0: as it is
+            changed = drawn > 0
+            batch[changed] = self.views[drawn[changed] - 1, indices[changed]].float()
+        return batch, self.labels[indices]
 
 
 def _loaders(folder: SliceFolder, batches, batch_size: int) -> dict:

@@ -342,7 +342,7 @@ def record(
         "weights": dataclasses.asdict(network.weights),
         **{key: getattr(network, key) for key in ("bn", "standardised", "precision", "parameters", "lr", "lr_range")},
         **{"trained": trained, "at_once": network.whole.at_once},
-        **{"best_epoch": result.best_epoch, "interrupted": result.interrupted},
+        **{"best_epoch": result.best_epoch, "interrupted": result.interrupted, "diverged": result.diverged},
         "seconds": {"features": network.seconds, "train": train_seconds, "total": seconds},
         "scores": {split: _scores(rows, folder.classes) for split, rows in predictions.groupby("split", sort=False)},
         **(note or {}),
@@ -410,7 +410,7 @@ def run_plan(
             say(network.weights.note)
         loaders = featurise(plan, settings, folder, network)
         about = [plan.resolved(settings).to_json(), folder.fingerprint, network.weights.sha256, network.precision]
-        if plan.scheduler in ("step", "none"):  # such a run may go on for longer than it was planned
+        if about[0]["scheduler"] in ("step", "none"):  # such a run may go on for longer than it was planned
             about[0]["epochs"] = None
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
         checkpoint = out.with_name(f".{out.name}.{digest}.checkpoint.pt")
@@ -429,6 +429,8 @@ def run_plan(
             raise KeyboardInterrupt  # in the first epoch: there is nothing to record
         options = {"seconds": time.perf_counter() - start, "keep_weights": keep_weights, "note": note}
         run = record(plan, settings, folder, network, loaders, result, out, **options)
+        if result.diverged:
+            say(f"{result.diverged} The weights of the best epoch before it are kept.")
         if result.interrupted:
             say("Stopped early: the best epoch so far is saved; --resume goes on.")
         else:

@@ -16,7 +16,7 @@ import pytest
 from helpers import CLASSES, REAL_CT, check_message, files_below, needs_real_ct, write_set
 from test_experiment import BN, stop_in_epoch, tiny_networks  # noqa: F401
 
-from ctutils import backbones, cli, config, experiment
+from ctutils import cli, config, experiment, weights
 from ctutils.plan import Plan
 from ctutils.registry import BACKBONES
 from ctutils.runs import load_run
@@ -115,7 +115,16 @@ def test_every_field_of_a_plan_is_an_option_of_train(call, monkeypatch, tmp_path
     given = {
         **{"backbone": "vgg16", "data": tmp_path, "test_data": tmp_path / "t", "epochs": 3, "weights": "random"},
         **{"optimizer": "sgd", "lr": 0.01, "scheduler": "cosine", "patience": 4, "batch_size": 5, "at_once": 2},
-        **{"size": 96, "bn": "train", "discriminative": 0.3, "unfreeze": "all", "augment": ("rotate", "flip")},
+        **{
+            "size": 96,
+            "bn": "train",
+            "discriminative": 0.3,
+            "unfreeze": "all",
+            "augment": ("rotate", "flip"),
+            "start_size": 64,
+            "ema": 0.9,
+            "label_smoothing": 0.1,
+        },
         **{"balance": "loss", "imbalance": 2.0, "precision": "float32", "seed": 7},
         **{"start_size": 64, "label_smoothing": 0.1, "ema": 0.9},
     }
@@ -178,8 +187,8 @@ def test_train_replaces_no_record_of_other_slices(call, mistake, project, tmp_pa
 
 
 def test_banner_of_random_weights_is_said_once(call, project, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(backbones, "_imagenet_file", lambda spec: (_ for _ in ()).throw(OSError("no network")))
-    backbones._warn_once.cache_clear()
+    monkeypatch.setattr(weights, "_imagenet_file", lambda spec: (_ for _ in ()).throw(OSError("no network")))
+    weights._warn_once.cache_clear()
     words = ["train", project / "set", "--out", tmp_path / "run", *TINY[:-2], "--weights", "auto"]
     code, out, _ = call(*words)
     assert code == 0 and (out + caplog.text).count("random weights, because no network") == 1
