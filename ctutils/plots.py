@@ -147,71 +147,24 @@ def confusion_matrix(
     return ax
 
 
-def class_counts(slices: pd.DataFrame, title: str = "Slices by class and split", ax: Axes | None = None) -> Axes:
-    """Draw the number of slices of each class in each split; one row a slice, with split and class."""
-    ax = ax or plt.subplots(figsize=(7, 3.4))[1]
-    order = {"order": sorted(slices["class"].unique())}
-    order["hue_order"] = [split for split in SPLIT_COLOURS if split in set(slices["split"])]
-    sns.countplot(slices, x="class", hue="split", **order, palette=SPLIT_COLOURS, saturation=1, ax=ax)
-    for bars in ax.containers:
-        ax.bar_label(bars, fontsize=8, padding=1)
-    ax.set(xlabel="class", ylabel="slices", title=title)
-    ax.grid(axis="x", visible=False)
-    ax.legend(title="split")
-    return ax
+def score_intervals(table: pd.DataFrame, title: str = "Macro F1 on test", ax: Axes | None = None) -> Axes:
+    """Draw each row's score with its 95 % interval, and the range of guessing as a band; hollow: not above chance.
 
-
-def grey_histograms(
-    images: np.ndarray,
-    labels: np.ndarray,
-    classes: Sequence[str],
-    title: str = "Grey levels by class",
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw how often each grey level occurs in the slices of each class.
-
-    Args:
-        images: uint8 (N, H, W), such as the decoded store; at most 200 slices a class are read, evenly spaced.
-        labels: int (N,), numbers of the classes.
+    The table is that of `results.comparison_table`: name, test_f1, low, high, permuted_low, permuted_high,
+    above_chance, weights.
     """
-    ax = ax or plt.subplots(figsize=(7, 3.4))[1]
-    for k in np.unique(labels):
-        rows = np.flatnonzero(np.equal(labels, k))
-        rows = rows[np.linspace(0, len(rows) - 1, min(200, len(rows))).astype(int)]
-        counts = sum(np.bincount(images[row].ravel(), minlength=256) for row in rows)
-        bins = counts.reshape(64, 4).sum(axis=1)  # 4 grey levels a bin, else the lines are too ragged to compare
-        shares = np.where(bins > 0, 100 * bins / bins.sum(), np.nan)  # the log of 0 would be a line to the floor
-        style = {"linestyle": ("-", "--", "-.", ":")[k % 4], "color": COLOURS[k % len(COLOURS)]}
-        ax.plot(np.arange(64) * 4 + 1.5, shares, label=classes[k], **style)
-    ax.set(yscale="log", ylim=(1e-3, None), xlabel="grey level (0 to 255)", ylabel="pixels (%, log scale)", title=title)
-    ax.legend(ncols=2)
-    return ax
-
-
-def score_intervals(
-    table: pd.DataFrame, deck: pd.DataFrame | None = None, title: str = "Macro F1 on test", ax: Axes | None = None
-) -> Axes:
-    """Draw each run's score with its 95 % interval, runs of one backbone below each other; the deck's scores above.
-
-    Args:
-        table: from `results.comparison_table`: backbone, test_f1, low, high, deck_f1, weights, data, profile.
-        deck: as notebook 09 makes it: backbone, deck_f1, low, high; without it only the deck's points are drawn.
-    """
-    deck = table.drop_duplicates("backbone").assign(low=np.nan, high=np.nan) if deck is None else deck
-    order = list(dict.fromkeys([*deck["backbone"], *table["backbone"]]))
-    ax = ax or plt.subplots(figsize=(8, 1.8 + 0.45 * len(order)), layout="constrained")[1]
-    runs = table.dropna(subset=["test_f1"])
-    of_one = runs.groupby("backbone")["backbone"]
-    below = 0.48 * (of_one.cumcount() + 1) / (of_one.transform("size") + 1) - 0.12  # the deck's stand at -0.22
-    runs = runs.assign(place=runs["backbone"].map(order.index) + below)
-    groups = runs.groupby(runs["data"] + ", " + runs["weights"] + " weights, " + runs["profile"], sort=False)
-    for k, (group, rows) in enumerate(groups):
-        _points(ax, rows["test_f1"], rows, rows["place"], COLOURS[k % len(COLOURS)], "o", group)
-    if deck["deck_f1"].notna().any():
-        text = "2022 deck: other data, its own validation slices"
-        _points(ax, deck["deck_f1"], deck, deck["backbone"].map(order.index) - 0.22, GREY, "D", text)
-    _name_rows(ax, order, "backbone", "macro F1 (0 to 1), lines: 95 % interval", title)
-    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    table = table.dropna(subset=["test_f1"]).reset_index(drop=True)
+    ax = ax or plt.subplots(figsize=(8, 1.6 + 0.3 * len(table)), layout="constrained")[1]
+    width = table["permuted_high"] - table["permuted_low"]
+    guessing = {"height": 0.7, "color": "#dddddd", "label": "labels shuffled, 95 %"}
+    ax.barh(table.index, width, left=table["permuted_low"], **guessing)
+    for k, (weights, rows) in enumerate(table.groupby("weights", sort=False)):
+        for above, some in rows.groupby("above_chance"):
+            label = f"{weights} weights" + ("" if above else ", not above chance")
+            _points(ax, some["test_f1"], some, some.index, COLOURS[k], "o", label, None if above else "white")
+    _name_rows(ax, table["name"], "network", "macro F1 (0 to 1), lines: 95 % interval", title)
+    ax.set_xlim(left=0)
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return ax
 
 
@@ -260,26 +213,6 @@ def setting_differences(table: pd.DataFrame, title: str | None = None, ax: Axes 
     return ax
 
 
-def reliability_diagram(
-    table: pd.DataFrame, title: str = "Reliability: is it as sure as it is right?", ax: Axes | None = None
-) -> Axes:
-    """Draw accuracy against confidence; on the diagonal a model is right as often as it says.
-
-    The table is that of `metrics.reliability`: low, high, count, confidence, accuracy.
-    """
-    used = table[table["count"] > 0]
-    ax = ax or plt.subplots(figsize=(4.6, 4.2))[1]
-    share, width = used["count"] / used["count"].sum(), used["high"] - used["low"]
-    error = (share * (used["confidence"] - used["accuracy"]).abs()).sum()
-    ax.bar(used["low"], share, width=width, align="edge", color="#dddddd", label="share of slices")
-    ax.plot([0, 1], [0, 1], ":", color=GREY, label="perfect")
-    ax.plot(used["confidence"], used["accuracy"], "o-", color=COLOURS[0], markersize=5, label="model")
-    ax.set(xlabel="confidence (probability of the predicted class)", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
-    ax.set_title(f"{title}\nexpected calibration error {error:.3f}")
-    ax.legend(loc="upper left")
-    return ax
-
-
 def heat_overlay(
     image: np.ndarray, heat: np.ndarray, box: Box | None = None, title: str = "", ax: Axes | None = None
 ) -> Axes:
@@ -304,11 +237,12 @@ def _show(ax: Axes, image: np.ndarray, box: Box | None, title: str) -> None:
         ax.add_patch(Rectangle(corner, *size, fill=False, edgecolor="#56B4E9", linewidth=1.5))
 
 
-def _points(ax: Axes, values, table: pd.DataFrame, places, colour: str, marker: str, label: str) -> None:
+def _points(ax: Axes, values, table: pd.DataFrame, places, colour: str, marker: str, label: str, fill=None) -> None:
     """Draw values with the intervals low to high of their table, one below the other."""
     around = [values - table["low"], table["high"] - values]
     capsize = 3 if (table["high"] > table["low"]).any() else 0
-    ax.errorbar(values, places, xerr=around, fmt=marker, color=colour, markersize=5, capsize=capsize, label=label)
+    style = {"color": colour, "markersize": 5, "capsize": capsize, "label": label, "mfc": fill or colour}
+    ax.errorbar(values, places, xerr=around, fmt=marker, **style)
 
 
 def _name_rows(ax: Axes, names: Sequence[str], ylabel: str, xlabel: str, title: str) -> None:

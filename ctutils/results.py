@@ -1,42 +1,73 @@
-"""From run records to tables, comparisons and ensembles. Everything is computed again from predictions.csv."""
+"""From run records to tables and comparisons. Everything is computed again from predictions.csv."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ctutils import metrics
 from ctutils.base import CTError
+from ctutils.config import Profile
 from ctutils.registry import BACKBONES
-from ctutils.runs import Run
+from ctutils.runs import Run, list_runs
 
 COLUMNS = (
-    "run backbone deck_f1 val_f1 test_f1 low high test_slices weights data kind profile bn trained device seconds "
-    "seed best_epoch"
+    "run name backbone val_f1 test_f1 low high permuted permuted_low permuted_high above_chance test_slices weights "
+    "data kind profile bn trained device seconds seed best_epoch"
 ).split()
+LEARNED = {"all": "all layers", "last": "last block", "head": "head only"}
+# Of notebook 12's plan, the settings whose first seed stands beside the notebooks' own records.
+SHOWN = ("all layers", "last block", "all layers, from scratch")
+YARDSTICKS = "yardsticks.csv"  # beside the records; rows of `comparison_table` that notebook 09 makes
+FOLDED = "Frozen networks with random weights: features that learned nothing, so that every notebook runs everywhere"
 
 
 def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
-    """Put runs beside each other and beside the deck, in the deck's order, others after it.
+    """Put runs beside each other: all layers, last block, head only; those with random weights after the others.
 
     Returns:
-        One row a run: run, backbone, deck_f1 (NaN where the deck has none), val_f1 (the split that chose the
-        epoch: optimistic, as the deck's own figures are), test_f1 with its 95 % interval low and high (patients
-        are drawn where they are known), test_slices, weights, data, kind, profile, bn, trained, device, seconds
-        (total), seed, best_epoch. A score is NaN where the record has no such split.
+        One row a run: run, name (backbone and what learned), backbone, val_f1 (the split that chose the epoch:
+        optimistic), test_f1 with its 95 % interval low and high (patients are drawn where they are known), what
+        guessing scores (`permuted`) with its range permuted_low and permuted_high, above_chance (as the function),
+        test_slices, weights, data, kind, profile, bn, trained, device, seconds (total), seed, best_epoch. A score is
+        NaN where the record has no such split.
     """
     order, rows = list(BACKBONES), []
-    for run in sorted(runs, key=lambda run: (order.index(run.plan.backbone), run.name)):
-        record, data, spec = run.record, run.record["data"], BACKBONES[run.plan.backbone]
+
+    def place(run: Run) -> tuple:
+        learned, random = run.record["trained"], run.record["weights"]["kind"] == "random"
+        return random, [*LEARNED, learned].index(learned), order.index(run.plan.backbone), run.name
+
+    for run in sorted(runs, key=place):
+        record, data, title = run.record, run.record["data"], BACKBONES[run.plan.backbone].title
         val_f1 = _macro_f1(run, "val") if "val" in run.splits else np.nan
-        test = interval(run, "test") if "test" in run.splits else [np.nan] * 3
+        test, guessing = ([np.nan] * 3,) * 2
+        if "test" in run.splits:
+            test, guessing = interval(run, "test"), permuted(run, "test")
         slices = int((run.predictions["split"] == "test").sum())
-        row = [run.name, spec.title, np.nan if spec.deck_f1 is None else spec.deck_f1, val_f1, *test, slices]
-        row += [record["weights"]["kind"], data["name"], data["kind"]]
+        row = [
+            run.name,
+            f"{title}, {LEARNED.get(record['trained'], record['trained'])}",
+            title,
+            val_f1,
+            *test,
+            *guessing,
+        ]
+        row += [test[1] > guessing[2], slices, record["weights"]["kind"], data["name"], data["kind"]]
         row += [record[key] for key in ("profile", "bn", "trained", "device")]
         rows.append([*row, record["seconds"]["total"], run.plan.seed, record["best_epoch"]])
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def shown_runs(folder: str | Path) -> list[Run]:
+    """Return a folder's records and, of notebook 12's plan, those of `SHOWN` at the usual size, seed 0."""
+    runs, swept = list_runs(folder)[0], list_runs(Path(folder) / "12_epochs_and_unfreezing")[0]
+    for run in swept:
+        match run.record.get("sweep"):
+            case {"setting": str(name)} if name in SHOWN and (run.plan.seed, run.plan.size) == (0, Profile.image_size):
+                runs.append(run)
+    return runs
 
 
 def interval(run: Run, split: str) -> metrics.Interval:
@@ -64,17 +95,30 @@ def missing_runs(runs: Sequence[Run]) -> dict[str, str]:
     return {spec.title: spec.notebook for spec in BACKBONES.values() if spec.notebook and spec.name not in there}
 
 
-def results_markdown(runs: Sequence[Run]) -> str:
-    """Return the README's table: the comparison, one line a run, with weights, data and device on every row."""
-    rows = []
-    for row in comparison_table(runs).itertuples():
-        deck = "-" if np.isnan(row.deck_f1) else f"{row.deck_f1:.3f}"
-        test = f"{row.test_f1:.3f} ({row.low:.3f} to {row.high:.3f})"
-        data = f"{row.kind}, {row.test_slices} test slices"
-        cells = [row.backbone, deck, f"{row.val_f1:.3f}", test, row.weights, data, row.profile, row.device]
-        rows.append([*cells, f"{row.seconds:.0f}"])
-    head = ["backbone", "deck's macro F1", "validation (best epoch)", "test (95 % interval)", "weights", "data"]
-    return "\n".join(markdown_table([*head, "profile", "device", "seconds"], rows))
+def results_markdown(folder: str | Path) -> str:
+    """Return the README's tables of a folder of records: `shown_runs` and, if they are there, the yardsticks."""
+
+    def lines(*tables: pd.DataFrame) -> list[str]:
+        rows = []
+        for row in (row for table in tables for row in table.itertuples()):
+            test = f"{row.test_f1:.3f} ({row.low:.3f} to {row.high:.3f})"
+            guessing = f"{row.permuted:.3f}" + ("" if row.above_chance else ": not above chance")
+            scratch = ", random weights" if row.weights == "random" else ""
+            cells = [LEARNED.get(row.trained, row.trained), row.backbone + scratch, f"{row.val_f1:.3f}", test]
+            rows.append([*cells, guessing, f"{row.seconds:.0f}"])
+        head = ["what learned", "backbone", "validation", "test (95 % interval)", "labels shuffled", "seconds"]
+        return markdown_table(head, rows)
+
+    table, yardsticks = comparison_table(shown_runs(folder)), Path(folder) / YARDSTICKS
+    random, scratch = table["weights"] == "random", table["trained"] == "all"
+    probes = [pd.read_csv(yardsticks)] if yardsticks.exists() else []
+    text = lines(table[~random], *probes, table[random & scratch])
+    said = [", ".join(dict.fromkeys(table[key].astype(str))) for key in ("kind", "test_slices", "profile", "device")]
+    text += ["", "{} data, {} test slices; profile {}, {}".format(*said)]
+    if (random & ~scratch).any():
+        folded = lines(table[random & ~scratch])
+        text += ["", "<details>", f"<summary>{FOLDED}</summary>", "", *folded, "", "</details>"]
+    return "\n".join(text)
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -147,129 +191,6 @@ def say_differences(table: pd.DataFrame) -> list[str]:
         seeds = f"same sign in {row.seeds_agree} seeds)"
         said.append(f"{row.backbone}, {row.setting}: {claim} {row.against}: {numbers}, {seeds}")
     return said
-
-
-# ---------------------------------------------------------------- ensembles
-
-
-@dataclass(frozen=True, eq=False)
-class Ensemble:
-    """Several runs that vote; asked for labels, scores and patients as a `Run` is, by the same code."""
-
-    method: str
-    members: tuple[str, ...]  # names of the runs
-    weights: tuple[float, ...] | None  # one a member; None where the vote is no weighted mean
-    classes: tuple[str, ...]
-    predictions: pd.DataFrame  # path, split, label, perhaps patient, p_<class> ...
-    name: str = "ensemble"
-
-    splits, of_split, y_true, y_score, patients = Run.splits, Run.of_split, Run.y_true, Run.y_score, Run.patients
-
-
-def ensemble(runs: Sequence[Run], method: str = "soft", fit_split: str = "val") -> Ensemble:
-    """Let several runs of the same data vote, from their stored scores alone.
-
-    "soft" is the mean of the probabilities. "weighted" is a weighted mean, the weights (0 or more, sum 1)
-    being those with the highest likelihood on `fit_split`. "stack" is a logistic regression on the members'
-    log-probabilities, fitted on `fit_split` with all classes counting alike, as in macro F1. The ensemble's own
-    figures on `fit_split` are therefore optimistic; it is never "test", which is only for the final figure.
-
-    Raises:
-        CTError: fewer than two runs, an unknown method, fitting on test, or other data, classes or slices.
-    """
-    if method not in ("soft", "weighted", "stack"):
-        raise CTError(f"the method '{method}'", "soft, weighted or stack", "choose one of them")
-    slices, scores, labels, fit = _aligned(runs, fit_split, fitting=True)
-    weights = None if method == "stack" else np.full(len(runs), 1 / len(runs))
-    if method == "weighted":
-        weights = _mixture_weights(scores[:, fit, labels[fit]])
-    combined = _stack(scores, labels, fit) if weights is None else np.tensordot(weights, scores, axes=1)
-    combined = combined / combined.sum(axis=1, keepdims=True)  # rounding in the stored scores
-    table = slices.join(pd.DataFrame(combined, columns=[f"p_{name}" for name in runs[0].classes]))
-    weights = None if weights is None else tuple(weights.tolist())
-    return Ensemble(method, tuple(run.name for run in runs), weights, runs[0].classes, table)
-
-
-def choose_members(runs: Sequence[Run], fit_split: str = "val") -> list[Run]:
-    """Choose which runs should vote: the best one first, then whichever helps most, while any helps.
-
-    "Helps" is a lower log loss of the soft vote on `fit_split`, which moves with every slice; macro F1 jumps.
-    Source: R. Caruana et al., Ensemble Selection from Libraries of Models, 2004, 10.1145/1015330.1015432
-    """
-    _, scores, labels, fit = _aligned(runs, fit_split, fitting=True)
-    of_true = scores[:, fit, labels[fit]]  # probability of the true class (M, n)
-
-    def loss(members: list[int]) -> float:
-        return -float(np.log(of_true[members].mean(axis=0).clip(1e-12)).mean())
-
-    chosen, rest = [], list(range(len(runs)))
-    while rest:
-        best = min(rest, key=lambda member: loss([*chosen, member]))
-        if chosen and loss([*chosen, best]) >= loss(chosen):
-            break
-        chosen.append(best)
-        rest.remove(best)
-    return [runs[member] for member in chosen]
-
-
-def error_correlation(runs: Sequence[Run], split: str = "test") -> pd.DataFrame:
-    """Return how much two runs err on the same slices: correlation of their errors (0 or 1), run by run.
-
-    Near 1: the same slices are wrong, a vote cannot mend them. Near 0: errors are independent, a vote helps.
-    NaN where a run has no error at all, or nothing but errors.
-    """
-    _, scores, labels, rows = _aligned(runs, split)
-    wrong = scores[:, rows].argmax(axis=2) != labels[rows]
-    return pd.DataFrame(wrong.T.astype(float), columns=[run.name for run in runs]).corr()
-
-
-def _aligned(runs: Sequence[Run], split: str, fitting: bool = False) -> tuple:
-    """Return the common slices, scores (M, N, C) and labels (N,) in their order, and which rows are of the split."""
-    if fitting and split == "test":
-        raise CTError("the test split to fit on", "val: test is for the final figure alone", "use fit_split='val'")
-    if len({run.name for run in runs}) < max(len(runs), 2):
-        raise CTError(f"{len(runs)} run(s), or one twice", "two different runs or more", "train one more seed")
-    first, tables = runs[0], [run.predictions.sort_values("path").reset_index(drop=True) for run in runs]
-    slices = tables[0].drop(columns=[f"p_{name}" for name in first.classes])
-    for run, table in zip(runs, tables, strict=True):
-        found, expected = (f"'{one.record['data']['name']}', classes {', '.join(one.classes)}" for one in (run, first))
-        same = run.record["data"]["fingerprint"] == first.record["data"]["fingerprint"] and run.classes == first.classes
-        if not same or not table[["path", "split", "label"]].equals(slices[["path", "split", "label"]]):
-            found, expected = f"{len(table)} slices of {found} in '{run.name}'", f"the {len(slices)} of {expected}"
-            raise CTError(found, f"{expected} in '{first.name}'", "put runs of one data set and profile together")
-    rows = (slices["split"] == split).to_numpy()
-    if not rows.any():
-        raise CTError(f"no '{split}' predictions in the runs", "a split of the runs", "choose val or test")
-    scores = np.stack([table[[f"p_{name}" for name in first.classes]].to_numpy(np.float64) for table in tables])
-    return slices, scores, slices["label"].to_numpy(np.int64), rows
-
-
-def _mixture_weights(of_true: np.ndarray, steps: int = 500) -> np.ndarray:
-    """Find the weights (M,), sum 1, with which the mean of the true class's probabilities (M, n) is most likely.
-
-    Expectation-maximisation: each step can only raise the likelihood.
-    """
-    of_true = of_true.clip(1e-12)
-    weights = np.full(len(of_true), 1 / len(of_true))
-    for _ in range(steps):
-        share = weights[:, None] * of_true
-        weights = (share / share.sum(axis=0)).mean(axis=1)
-    return weights
-
-
-def _stack(scores: np.ndarray, labels: np.ndarray, fit: np.ndarray) -> np.ndarray:
-    """Fit a logistic regression on log-probabilities; returns probabilities (N, C)."""
-    from sklearn.linear_model import LogisticRegression
-
-    members, slices, classes = scores.shape
-    table = np.log(scores.clip(1e-4)).transpose(1, 0, 2).reshape(slices, members * classes)
-    if len(np.unique(labels[fit])) < 2:
-        raise CTError("one class only in the split to fit on", "two classes or more", "use method='soft'")
-    table -= table[fit].mean(axis=0)
-    model = LogisticRegression(C=0.1, class_weight="balanced", max_iter=2000).fit(table[fit], labels[fit])
-    combined = np.zeros((slices, classes))  # a class without a slice in the split keeps 0
-    combined[:, model.classes_] = model.predict_proba(table)
-    return combined
 
 
 def _macro_f1(run: Run, split: str) -> float:

@@ -26,8 +26,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from ctutils.base import CTError, atomic_path, read_json, write_json
 from ctutils.config import get_settings
 from ctutils.data import default_folder
-from ctutils.results import results_markdown
-from ctutils.runs import list_runs
+from ctutils.results import YARDSTICKS, results_markdown
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -74,7 +73,7 @@ def clean(notebook: nbformat.NotebookNode) -> None:
         }
     )
     for cell in notebook.cells:
-        cell.metadata = {key: cell.metadata[key] for key in ("tags", "slideshow", "jupyter") if key in cell.metadata}
+        cell.metadata = {key: cell.metadata[key] for key in ("tags", "slideshow") if key in cell.metadata}
         if cell.cell_type == "code":
             cell.outputs = [
                 output
@@ -238,11 +237,11 @@ def publish() -> None:
     """
     source = get_settings().runs_dir
     target = ROOT / "data" / "reference_runs" / source.name
-    for record in target.glob("*/run.json"):  # those of sweeps stand a folder deeper: `make sweeps` renews them
-        shutil.rmtree(record.parent)
+    shutil.rmtree(target, ignore_errors=True)
     copy_records(source, target)
     shutil.copyfile(EXECUTED / "timings.json", target / "timings.json")
-    replace_between(ROOT / "README.md", RESULTS_BEGIN, RESULTS_END, results_markdown(list_runs(target)[0]))
+    shutil.copyfile(source / YARDSTICKS, target / YARDSTICKS)
+    replace_between(ROOT / "README.md", RESULTS_BEGIN, RESULTS_END, results_markdown(target))
     for cell in nbformat.read(FOLDER / "01_data_exploration.ipynb", as_version=4).cells:
         if "readme-picture" in cell.metadata.get("tags", []):
             png = next(output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {}))
@@ -266,12 +265,13 @@ def replace_between(path: Path, begin: str, end: str, text: str) -> None:
 
 
 def copy_records(source: Path, target: Path) -> None:
-    """Copy the records that the notebooks made, without their weights."""
-    for record in sorted(source.glob("[0-9][0-9]_*/run.json")):
-        copy = target / record.parent.name
-        copy.mkdir(parents=True)
-        for name in ("run.json", "history.csv", "predictions.csv"):
-            shutil.copyfile(record.with_name(name), copy / name)
+    """Copy the records that the notebooks made, those of their sweeps in a folder each, without their weights."""
+    for pattern in ("[0-9][0-9]_*/run.json", "[0-9][0-9]_*/[!.]*/run.json"):
+        for record in sorted(source.glob(pattern)):
+            copy = target / record.parent.relative_to(source)
+            copy.mkdir(parents=True)
+            for name in ("run.json", "history.csv", "predictions.csv"):
+                shutil.copyfile(record.with_name(name), copy / name)
 
 
 def prepare_data() -> str:

@@ -18,13 +18,13 @@ HISTORY = pd.DataFrame(
     [(1, 1.0, 1.1, 0.4, 0.4), (2, 0.5, 0.6, 0.7, 0.72), (3, 0.2, 0.7, 0.9, 0.6)],
     columns=["epoch", "train_loss", "val_loss", "train_macro_f1", "val_macro_f1"],
 )
-SCORES = pd.DataFrame({"backbone": ["VGG16", "ResNet50", "ResNet50", "AlexNet"], "test_f1": [0.7, 0.8, 0.82, np.nan]})
-SCORES = SCORES.assign(low=SCORES["test_f1"] - 0.05, high=SCORES["test_f1"] + 0.04, deck_f1=[0.77, 0.9, 0.9, 0.79])
-SCORES = SCORES.assign(weights=["random", "random", "imagenet", "random"], data="tiny", profile="quick")
-RELIABILITY = pd.DataFrame(
-    [(0.0, 0.5, 0, np.nan, np.nan), (0.5, 1.0, 10, 0.9, 0.7)],
-    columns=["low", "high", "count", "confidence", "accuracy"],
+SCORES = pd.DataFrame(
+    {"name": ["VGG16, head", "ResNet50, all", "probe", "AlexNet"], "test_f1": [0.3, 0.8, 0.7, np.nan]}
 )
+SCORES = SCORES.assign(
+    low=SCORES["test_f1"] - 0.05, high=SCORES["test_f1"] + 0.04, permuted_low=0.2, permuted_high=0.26
+)
+SCORES = SCORES.assign(weights=["random", "imagenet", "none", "random"], above_chance=[False, True, True, False])
 DIFFERENCES = pd.DataFrame(
     [("flip", 0.03, 0.01, 0.05, (0.02, 0.04)), ("blur", 0, -0.1, 0.1, (0.01,)), ("zoom", -0.2, -0.3, -0.1, (-0.2,))],
     columns=["setting", "difference", "low", "high", "seed_differences"],
@@ -36,10 +36,7 @@ CALLS = {
     "learning_curves": lambda: plots.learning_curves(HISTORY),
     "curves of two runs": lambda: plots.learning_curves({"head": HISTORY, "last block": HISTORY}, chance=(0.1, 0.2)),
     "confusion_matrix": lambda: plots.confusion_matrix([0, 1, 1], [0, 1, 0], ["Normal", "폐렴"]),
-    "class_counts": lambda: plots.class_counts(pd.DataFrame({"split": ["train", "val"], "class": ["a", "b"]})),
-    "grey_histograms": lambda: plots.grey_histograms(np.stack([IMAGE, IMAGE]), [0, 1], ["a", "b"]),
     "score_intervals": lambda: plots.score_intervals(SCORES),
-    "no test score": lambda: plots.score_intervals(SCORES[3:]),
     "heat_overlay": lambda: plots.heat_overlay(IMAGE, np.eye(7), (2, 3, 6, 9), title="pneumonia"),
 }
 
@@ -107,37 +104,23 @@ def test_confusion_matrix_counts():
         plots.confusion_matrix([0, 2], [0, 1], ["a", "b"])
 
 
-def test_class_counts():
-    ax = plots.class_counts(pd.DataFrame({"split": ["train"] * 3 + ["test", "left out"], "class": list("bbaaa")}))
-    assert words(ax.get_legend().get_texts()) == ["train", "test"] and words(ax.get_xticklabels()) == ["a", "b"]
-    assert [bar.get_height() for bar in ax.containers[0]] == [1, 2] and words(ax.texts)[:2] == ["1", "2"]
-
-
-def test_grey_histograms_are_percent_and_skip_an_absent_class():
-    images = np.zeros((2, 8, 8), np.uint8)
-    images[1] += 200
-    ax = plots.grey_histograms(images, [0, 2], ["dark", "absent", "bright"])
-    assert [line.get_label() for line in ax.lines] == ["dark", "bright"]
-    assert ax.lines[0].get_ydata()[0] == 100 and ax.lines[1].get_ydata()[50] == 100
-
-
 def points(ax) -> dict[str, list[tuple[float, float]]]:
     """Return the points (x, y) that have an interval, by their name in the legend."""
     return {bar.get_label(): bar.lines[0].get_xydata().tolist() for bar in ax.containers}
 
 
-def test_score_intervals_mark_the_deck():
-    deck = pd.DataFrame({"backbone": ["VGG16", "DenseNet161"], "deck_f1": [0.77, 0.93]})
-    deck, ax = deck.assign(low=deck["deck_f1"] - 0.03, high=deck["deck_f1"] + 0.03), plt.subplot()
-    assert plots.score_intervals(SCORES, deck, ax=ax) is ax
-    assert words(ax.get_yticklabels()) == ["VGG16", "DenseNet161", "ResNet50", "AlexNet"]
-    *ours, of_deck = words(ax.figure.legends[0].get_texts())
-    assert ours == ["tiny, random weights, quick", "tiny, imagenet weights, quick"] and "deck" in of_deck
-    scores, places = np.transpose([point for name in (*ours, of_deck) for point in points(ax)[name]])
-    assert scores.tolist() == [0.7, 0.8, 0.82, 0.77, 0.93] and np.round(places).tolist() == [0, 2, 2, 0, 1]
-    assert len(set(places)) == 5, "one covers another"
-    spans = [np.ptp(line[:, 0]) for bar in ax.containers for line in bar.lines[2][0].get_segments()]
-    np.testing.assert_allclose(spans, [0.09, 0.09, 0.09, 0.06, 0.06])
+def test_score_intervals_mark_guessing_and_who_is_not_above_it():
+    ax = plt.subplot()
+    assert plots.score_intervals(SCORES, ax=ax) is ax
+    assert words(ax.get_yticklabels()) == ["VGG16, head", "ResNet50, all", "probe"]
+    shown = {"random weights, not above chance": [[0.3, 0]], "imagenet weights": [[0.8, 1]], "none weights": [[0.7, 2]]}
+    band, *bars = ax.containers
+    assert {bar.get_label(): bar.lines[0].get_xydata().tolist() for bar in bars} == shown
+    assert [bar.lines[0].get_markerfacecolor() == "white" for bar in bars] == [True, False, False]
+    assert [(bar.get_x(), bar.get_width()) for bar in band] == [(0.2, pytest.approx(0.06))] * 3
+    spans = [np.ptp(line[:, 0]) for bar in bars for line in bar.lines[2][0].get_segments()]
+    np.testing.assert_allclose(spans, 0.09)
+    assert words(ax.figure.legends[0].get_texts()) == ["labels shuffled, 95 %", *shown]
 
 
 def test_differences_are_named_and_grey_where_the_interval_holds_zero():
@@ -152,12 +135,6 @@ def test_differences_are_named_and_grey_where_the_interval_holds_zero():
     assert words(two.get_yticklabels())[::3] == ["flip, vgg16", "flip, alexnet"]
     with user_error("no row with a difference"):
         plots.setting_differences(without.assign(difference=np.nan))
-
-
-def test_reliability_diagram_says_the_error():
-    ax = plt.subplot()
-    assert plots.reliability_diagram(RELIABILITY, ax=ax) is ax
-    assert "0.200" in ax.get_title("left") and ax.lines[1].get_xydata().tolist() == [[0.9, 0.7]]
 
 
 def test_heat_overlay_covers_the_image():

@@ -1,4 +1,4 @@
-"""results: tables, comparisons and ensembles, all from the scores that records store."""
+"""results: tables and comparisons, all from the scores that records store."""
 
 import copy
 import subprocess
@@ -78,23 +78,57 @@ def test_results_does_not_import_torch():
 
 def test_comparison_table_recomputes_and_orders():
     run = make_run("r50")
-    runs = [make_run("x", "efficientnet_lite0"), with_patients(run), make_run("v", "vgg16", splits=("val",))]
+    runs = [with_patients(run), make_run("v", "vgg16", splits=("val",)), make_run("all"), make_run("x", "alexnet")]
+    for one, trained, weights in (
+        (runs[0], "last", "imagenet"),
+        (runs[2], "all", "imagenet"),
+        (runs[3], "all", "random"),
+    ):
+        one.record["trained"], one.record["weights"]["kind"] = trained, weights
     table = results.comparison_table(runs)
-    assert table["backbone"].tolist() == ["VGG16", "ResNet50", "EfficientNet-Lite0"]
+    assert table["name"].tolist() == [
+        *("ResNet50, all layers", "ResNet50, last block", "AlexNet, all layers", "VGG16, head only")
+    ]
     row = table.iloc[1]
-    y_true, y_score, patients = run.y_true("test"), run.y_score("test"), runs[1].patients("test")
+    y_true, y_score, patients = run.y_true("test"), run.y_score("test"), runs[0].patients("test")
     assert tuple(row[["test_f1", "low", "high"]]) == metrics.score_interval(y_true, y_score, patients=patients)
     assert tuple(results.interval(run, "test")) == metrics.score_interval(y_true, y_score) != tuple(row[["test_f1"]])
+    guessing = ["permuted", "permuted_low", "permuted_high"]
+    assert tuple(row[guessing]) == metrics.permuted_score(y_true, y_score, 3) and row["above_chance"]
     assert row["val_f1"] == metrics.macro_f1(run.y_true("val"), run.y_score("val").argmax(axis=1), 3)
-    assert row["deck_f1"] == 0.905039 and np.isnan(table["deck_f1"][2])
     assert row[["run", "weights", "data", "kind", "profile", "seconds", "seed", "best_epoch"]].tolist() == [
-        *("r50", "random", "tiny", "synthetic", "quick", 3.5, 0, 4)
+        *("r50", "imagenet", "tiny", "synthetic", "quick", 3.5, 0, 4)
     ]
-    assert row["test_slices"] == 90
-    assert np.isnan(table["test_f1"][0]) and table["test_slices"][0] == 0 and table["val_f1"][0] > 0.5
+    row = table.iloc[3]
+    assert np.isnan(row["test_f1"]) and not row["above_chance"] and row["test_slices"] == 0 and row["val_f1"] > 0.5
     empty = results.comparison_table([])
     assert empty.empty and list(empty.columns) == list(table.columns)
-    assert results.results_markdown(runs).count("\n") == 4 and "| 0.905 |" in results.results_markdown(runs)
+
+
+def test_readme_tables_show_what_learned_and_fold_the_random_ones(monkeypatch, tmp_path):
+    head, scratch, tuned, poor = (make_run(name, skill=2 * (name != "d")) for name in "abcd")
+    records = {tmp_path: [head, scratch, poor], tmp_path / "12_epochs_and_unfreezing": []}
+    for run, setting, size in (
+        (tuned, "all layers", 224),
+        (copy.deepcopy(tuned), "all layers", 96),
+        (poor, "other", 224),
+    ):
+        run.record["sweep"] = {"setting": setting}
+        run.plan.seed, run.plan.size = 0, size
+        records[tmp_path / "12_epochs_and_unfreezing"].append(run)
+    scratch.record["trained"] = tuned.record["trained"] = "all"
+    head.record["weights"]["kind"] = tuned.record["weights"]["kind"] = "imagenet"
+    monkeypatch.setattr(results, "list_runs", lambda folder: (records[folder], []))
+    probe = results.comparison_table([head]).assign(trained="logistic regression", backbone="histogram", weights="none")
+    probe.to_csv(tmp_path / results.YARDSTICKS, index=False)
+    text = results.results_markdown(tmp_path)
+    shown, folded = text.split("<details>")
+    assert [line.split(" | ")[:2] for line in shown.splitlines()[2:6]] == [
+        *(["| all layers", "ResNet50"], ["| head only", "ResNet50"], ["| logistic regression", "histogram"]),
+        ["| all layers", "ResNet50, random weights"],
+    ]
+    assert "synthetic data, 90 test slices; profile quick, cpu" in shown and "not above chance" not in shown
+    assert folded.count("| head only | ResNet50, random weights | 0.") == folded.count(": not above chance | ") == 1
 
 
 @pytest.mark.parametrize(("skill", "above"), [(2.0, True), (0.0, False)])
@@ -180,93 +214,3 @@ def test_settings_that_differ_on_purpose():
     row = results.compare_settings(sweep, runs).iloc[1]
     assert row["verdict"] == "not compared: other val slices" and np.isnan(row["difference"])
     assert results.compare_settings(sweep, runs, "test").iloc[1]["verdict"] == "better is higher"
-
-
-def test_soft_vote_aligns_by_path():
-    a, b = with_patients(make_run("a", seed=1, shuffle=False)), make_run("b", seed=2)
-    vote = results.ensemble([a, b])
-    table = vote.predictions.set_index("path")
-    for path in ("val/000.png", "test/089.png"):
-        each = [run.predictions.set_index("path").loc[path, "p_ILD"] for run in (a, b)]
-        assert table.loc[path, "p_ILD"] == pytest.approx(np.mean(each))
-    assert vote.members == ("a", "b") and vote.weights == (0.5, 0.5) and vote.splits == ("test", "val")
-    np.testing.assert_array_equal(vote.patients("test"), a.patients("test"))
-    np.testing.assert_array_equal(np.bincount(vote.y_true("test")), [30, 30, 30])
-    with pytest.raises(CTError, match="no 'train' predictions"):
-        vote.y_score("train")
-
-
-@pytest.mark.parametrize("method", ["soft", "weighted", "stack"])
-def test_every_method_beats_its_members_and_never_reads_test(method):
-    runs = [make_run(f"m{k}", skill=1.5, seed=k, per_split=300) for k in range(4)]
-    vote = results.ensemble(runs, method)
-    np.testing.assert_allclose(vote.y_score("test").sum(axis=1), 1)
-    score = lambda run: metrics.accuracy(run.y_true("test"), run.y_score("test").argmax(axis=1))  # noqa: E731
-    assert score(vote) > max(map(score, runs)) + 0.03
-    for run in runs:  # other test labels must change nothing
-        run.predictions.loc[run.predictions["split"] == "test", "label"] = 0
-    np.testing.assert_array_equal(results.ensemble(runs, method).y_score("test"), vote.y_score("test"))
-
-
-def test_weights_prefer_the_good_member():
-    good, bad = make_run("good", skill=3, seed=1), make_run("bad", skill=0.0, seed=2)
-    weights = results.ensemble([bad, good], "weighted").weights
-    assert weights[1] > 0.95 and sum(weights) == pytest.approx(1)
-    of_true = np.random.default_rng(0).uniform(0.05, 1, (3, 200))
-    best = np.log(results._mixture_weights(of_true) @ of_true).mean()
-    for other in np.random.default_rng(1).dirichlet(np.ones(3), 300):
-        assert np.log(other @ of_true).mean() <= best + 1e-6
-
-
-def test_stack_with_a_class_that_validation_lacks():
-    runs = [make_run(f"m{k}", seed=k) for k in range(2)]
-    for run in runs:
-        run.predictions["label"] = run.predictions["label"].mask(run.predictions["label"] == 2, 0)
-    assert (results.ensemble(runs, "stack").y_score("test")[:, 2] == 0).all()
-    for run in runs:
-        run.predictions["label"] = 1
-    with pytest.raises(CTError, match="one class only"):
-        results.ensemble(runs, "stack")
-
-
-def test_choose_members_leaves_the_useless_out():
-    runs = [make_run("useless", skill=0.0, seed=9), *(make_run(f"m{k}", skill=1.5, seed=k) for k in range(3))]
-    assert sorted(run.name for run in results.choose_members(runs)) == ["m0", "m1", "m2"]
-
-
-def test_error_correlation():
-    a, b = make_run("a", skill=1, seed=1, per_split=900), make_run("b", skill=1, seed=2, per_split=900)
-    twin = FakeRun("twin", a.predictions.sample(frac=1, random_state=5), a.plan)
-    table = results.error_correlation([a, b, twin])
-    assert table.loc["a", "twin"] == pytest.approx(1) and abs(table.loc["a", "b"]) < 0.1
-    perfect = make_run("perfect", skill=50, per_split=900)
-    assert np.isnan(results.error_correlation([a, perfect]).loc["a", "perfect"])
-
-
-A, B = make_run("a"), make_run("b", seed=1)
-OTHER = {**RECORD, "data": {**RECORD["data"], "fingerprint": "f1", "name": "o"}}
-
-
-@pytest.mark.parametrize(
-    ("call", "text"),
-    [
-        (lambda: results.ensemble([A, B], "boost"), "the method 'boost'"),
-        (lambda: results.ensemble([A, B], "weighted", fit_split="test"), "the test split to fit on"),
-        (lambda: results.choose_members([A, B], fit_split="test"), "the test split to fit on"),
-        (lambda: results.ensemble([A, B], "stack", fit_split="train"), "no 'train' predictions"),
-        (lambda: results.error_correlation([A, B], "train"), "no 'train' predictions"),
-        (lambda: results.ensemble([A]), r"1 run\(s\)"),
-        (lambda: results.ensemble([]), r"0 run\(s\)"),
-        (lambda: results.ensemble([A, A]), "or one twice"),
-        (
-            lambda: results.ensemble([A, FakeRun("c", B.predictions, B.plan, classes=("x", "y", "z"))]),
-            "classes x, y, z",
-        ),
-        (lambda: results.ensemble([A, FakeRun("c", B.predictions, B.plan, OTHER)]), "'o'"),
-        (lambda: results.ensemble([A, FakeRun("c", B.predictions.iloc[3:], B.plan)]), "177 slices of 'tiny'"),
-        (lambda: results.error_correlation([A, FakeRun("c", B.predictions.assign(label=1), B.plan)]), "the 180 of"),
-    ],
-)
-def test_errors_say_what_was_found(call, text):
-    with pytest.raises(CTError, match=text):
-        call()
