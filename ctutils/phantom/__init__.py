@@ -7,15 +7,6 @@ wrong, `acquisition` scans it to 8 bit. `dataset` numbers the slices and writes 
 
 from ctutils.phantom.acquisition import Scanner, acquire
 from ctutils.phantom.anatomy import Patient, Scene, draw_anatomy
-from ctutils.phantom.dataset import (
-    CLASSES,
-    FIELDS,
-    GENERATOR_VERSION,
-    SliceRecord,
-    class_counts,
-    make_slice,
-    patient_of,
-    write_dataset,
-)
+from ctutils.phantom.dataset import CLASSES, class_counts, make_slice, patient_of, write_dataset
 from ctutils.phantom.findings import add_confounders, add_finding
 from ctutils.phantom.shapes import Grid

@@ -1,6 +1,6 @@
 """Stage 3 of the phantom: from HU to the 8-bit picture, by one model of the scanner for every class."""
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 from scipy import fft
@@ -11,35 +11,24 @@ LUNG_WINDOW = (-600, 1500)  # level and width, HU; air outside the body becomes 
 AIR = -1024.0
 
 
-@dataclass(frozen=True)
-class Scanner:
+class Scanner(SimpleNamespace):
     """How the slice is taken; drawn from the same distributions for every class."""
-
-    blur: float  # sd of the point spread, mm
-    boost: float  # edge enhancement of the kernel, 0 none
-    noise: float  # sd in soft tissue of a middle-sized body, HU
-    grain: float  # sd of the noise's own correlation, mm
-    streak: float  # streaks from shoulders and bones, HU
-    motion: tuple[float, float]  # a second exposure, displaced by mm
-    drift: float  # slow shading, HU
-    lung_noise: float  # noise in air against noise in soft tissue
 
     @staticmethod
     def draw(rng: np.random.Generator, sharpness: float | None = None) -> "Scanner":
         """Draw a scanner; `sharpness` in [0, 1] fixes the kernel instead (0 soft, 1 sharp)."""
         kernel = rng.random()
         kernel = kernel if sharpness is None else sharpness
-        moved = rng.random() < 0.25
-        far, way = rng.uniform(0.6, 2.2), rng.uniform(0, 2 * np.pi)
+        moved, far, way = rng.random() < 0.25, rng.uniform(0.6, 2.2), rng.uniform(0, 2 * np.pi)
         return Scanner(
-            blur=0.80 - 0.38 * kernel,
-            boost=0.35 * kernel**2,
-            noise=rng.uniform(9, 19) * (0.85 + 0.9 * kernel),
-            grain=0.62 - 0.34 * kernel,
-            streak=rng.gamma(1.2, 4.0),
-            motion=(far * np.cos(way), far * np.sin(way)) if moved else (0.0, 0.0),
-            drift=rng.uniform(2, 7),
-            lung_noise=rng.uniform(0.45, 0.85),
+            blur=0.80 - 0.38 * kernel,  # sd of the point spread, mm
+            boost=0.35 * kernel**2,  # edge enhancement of the kernel
+            noise=rng.uniform(9, 19) * (0.85 + 0.9 * kernel),  # sd in soft tissue of a middle-sized body, HU
+            grain=0.62 - 0.34 * kernel,  # sd of the noise's own correlation, mm
+            streak=rng.gamma(1.2, 4.0),  # streaks from shoulders and bones, HU
+            motion=(far * np.cos(way), far * np.sin(way)) if moved else (0.0, 0.0),  # a second exposure, mm away
+            drift=rng.uniform(2, 7),  # slow shading, HU
+            lung_noise=rng.uniform(0.45, 0.85),  # noise in air against noise in soft tissue
         )
 
 
@@ -63,7 +52,6 @@ def acquire(
     Returns:
         uint8 (size, size); in the lung window air outside the body is 55.
     """
-    out = np.full((grid.size, grid.size), AIR, dtype=np.float32)
     body, share = grid.coverage(skin * 1.004)  # nothing outside this window is seen
     hu, pad = hu[body], 8
     (rows, cols), shape = hu.shape, [fft.next_fast_len(n + 2 * pad, real=True) for n in hu.shape]
@@ -94,6 +82,9 @@ def acquire(
     sharp += np.outer(lines, fade).astype(np.float32)
     sharp += scanner.drift * np.sin(grid.pixel * np.arange(rows) / 120 + rng.uniform(0, 6)).astype(np.float32)[:, None]
 
-    out[body] = np.where(share > 0.02, np.clip(sharp, AIR, 3071), AIR)
-    level, width = window
-    return np.clip(np.rint((out - level + width / 2) / width * 255), 0, 255).astype(np.uint8)
+    def grey(hu, level=window[0], width=window[1]):
+        return np.clip(np.rint((hu - level + width / 2) / width * 255), 0, 255).astype(np.uint8)
+
+    picture = np.full((grid.size, grid.size), grey(np.float32(AIR)))
+    picture[body] = grey(np.where(share > 0.02, np.clip(sharp, AIR, 3071), np.float32(AIR)))
+    return picture

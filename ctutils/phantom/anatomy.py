@@ -1,12 +1,13 @@
 """Stage 1 of the phantom: a body without a finding, as an axial slice in Hounsfield units (HU)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 from scipy.interpolate import interp1d
 
-from ctutils.phantom.shapes import Grid, band, ellipse, fill, grow_tree, smooth_contour
+from ctutils.phantom.shapes import ALL, Forest, Grid, Window, band, ellipse, fill, smooth_contour
 
 LUNG_HEIGHT = 230.0  # mm from apex to base; level 0 is the apex, 1 the base
 
@@ -29,28 +30,8 @@ LUNG_SHAPES = np.array(
 )  # fmt: skip
 
 
-@dataclass
-class Patient:
+class Patient(SimpleNamespace):
     """What stays the same in all slices of one patient; lengths in mm, densities in HU."""
-
-    half_width: float
-    half_depth: float
-    fat: float
-    muscle: float
-    roundness: float
-    breasts: float
-    arms_up: bool
-    vertebra: float
-    aorta: float
-    trachea: float
-    lung: float
-    gradient: float
-    contrast: float
-    gas: float  # what air inside the chest reads: scatter lifts it a little
-    emphysema: float
-    spine: float  # how far back the vertebra stands, in half depths of the cage
-    heart: float
-    seed: np.ndarray  # numbers in [0, 1) for the small quirks of this body
 
     @staticmethod
     def draw(rng: np.random.Generator) -> "Patient":
@@ -72,11 +53,11 @@ class Patient:
             lung=float(np.clip(rng.normal(-885, 30), -925, -800)),
             gradient=rng.uniform(15, 95),
             contrast=rng.uniform(90, 240) if rng.random() < 0.55 else 0.0,
-            gas=rng.uniform(-1000, -958),
+            gas=rng.uniform(-1000, -958),  # what air inside the chest reads: scatter lifts it a little
             emphysema=rng.uniform(0.2, 1) if rng.random() < 0.35 else 0.0,
-            spine=rng.uniform(0.58, 0.68),
+            spine=rng.uniform(0.58, 0.68),  # how far back the vertebra stands, in half depths of the cage
             heart=rng.uniform(0.88, 1.15),
-            seed=rng.random(48),
+            seed=rng.random(48),  # for the small quirks of this body
         )
 
 
@@ -103,6 +84,27 @@ class Scene:
     body: np.ndarray  # contour of the skin
     cage: tuple[float, float, float]  # rib cage: half width, half depth, y of its middle, mm
     bend: Callable  # bends contours a little, the same for all of a slice
+    chest: Window  # holds every pixel with lung or inside the cage
+    whole: "Scene | None" = None  # of a part of a scene: the scene
+    window: Window = ALL  # and where the part lies in it
+
+    def part(self, window: Window) -> "Scene":
+        """Return a window of the scene: its pictures are views, so that what is drawn there is in the scene."""
+        views = {name: getattr(self, name)[window] for name in ("hu", "lung", "wall", "inner", "x", "y")}
+        return replace(self, whole=self, window=window, **views)
+
+    def field(self, rng: np.random.Generator, scale: float) -> np.ndarray:
+        """Return smooth noise of the scene's shape, float32; see `Grid.field`."""
+        return self.grid.field(rng, scale)(self.window)
+
+    def tubes(self, points: np.ndarray, radius, slope) -> np.ndarray:
+        """Return which share of each pixel's slab tubes fill; see `Grid.tubes`."""
+        return self.grid.tubes(points, radius, slope)[self.window]
+
+    def nearest(self, point: np.ndarray) -> tuple[int, int]:
+        """Return row and column, in a part, of the pixel nearest to a point (2,) in mm; it may lie outside."""
+        col, row = np.round(self.grid.to_pixels(point)).astype(int).tolist()
+        return row - self.window[0].start, col - self.window[1].start
 
     def paint(self, contour: np.ndarray, value) -> None:
         """Fill a contour (N, 2), bent first, with `value` HU, a number or a picture."""
@@ -147,41 +149,50 @@ def draw_anatomy(grid: Grid, patient: Patient, level: float, rng: np.random.Gene
     hilum = np.array([(-0.24 * w, cy + 0.08 * h), (0.25 * w, cy + 0.10 * h)])
     sides = [bend(s) for s in sides]
     lung = np.maximum(grid.mask(sides[0]), grid.mask(sides[1]))
-    wall = grid.distance(grid.mask(bend(cage)))
+    ribs = bend(cage)
+    wall = grid.distance(grid.mask(ribs))  # at half resolution, so it reaches a little farther than the ribs
+    chest = grid.around(grid.to_pixels(np.vstack([*sides, ribs])), 3 + grid.size // 128)
     blood = 42.0 + p.contrast * 0.85
-    scene = Scene(grid, p, level, hu, lung, wall, wall, x, y, hilum, sides, blood, skin, (w, h, cy), bend)
+    scene = Scene(grid, p, level, hu, lung, wall, wall, x, y, hilum, sides, blood, skin, (w, h, cy), bend, chest)
 
     grid.paint(hu, skin, 10.0)
-    grid.paint(hu, skin * (1 - 2.0 / p.half_width), -106 + 5 * grid.field(rng, 9))
+    grid.paint(hu, skin * (1 - 2.0 / p.half_width), _texture(grid, rng, -106, 5, 9))
     if p.breasts and 0.35 < level < 0.85:
         _breast_glands(scene, rng)
-    muscle = 52 + 7 * grid.field(rng, 6)
+    muscle = 52 + 7 * scene.field(rng, 6)
     fat_only = hu.copy()
     _chest_wall(scene, muscle)
     scene.paint((cage - (0, cy)) * 1.025 + (0, cy), muscle)
-    under_skin = grid.mask(skin * (1 - 5.0 / p.half_width))  # no muscle reaches the skin
-    hu[:] = fat_only + under_skin * (hu - fat_only)
+    grid.paint(fat_only, skin * (1 - 5.0 / p.half_width), hu)  # no muscle reaches the skin
+    hu[:] = fat_only
     mediastinum = smooth_contour(
         np.array([(-.55, -.78), (0, -.96), (.55, -.78), (.6, 0), (.5, .5), (0, .66), (-.5, .5), (-.6, 0)]) * (w, h)
     ) + (0, cy)  # fmt: skip
-    grid.paint(hu, mediastinum, -95 + 14 * grid.field(rng, 7))
+    grid.paint(hu, mediastinum, _texture(grid, rng, -95, 14, 7))
 
     # Lungs: parenchyma with a dorsal gradient, clouds of perfusion, lobules.
-    lung_hu = p.lung + p.gradient * np.clip((y - cy) / (2 * h) + 0.1, -0.5, 0.7)
-    lung_hu += (12 + 9 * q[0]) * grid.field(rng, 38) + (8 + 8 * q[1]) * grid.field(rng, 7)
+    part = scene.part(chest)
+    lung_hu = p.lung + p.gradient * np.clip((part.y - cy) / (2 * h) + 0.1, -0.5, 0.7)
+    lung_hu += (12 + 9 * q[0]) * part.field(rng, 38) + (8 + 8 * q[1]) * part.field(rng, 7)
     if p.emphysema:
-        lung_hu -= p.emphysema * 95 * np.clip(grid.field(rng, 9) + 0.5 * grid.field(rng, 45) - 0.8, 0, 1.4)
+        lung_hu -= p.emphysema * 95 * np.clip(part.field(rng, 9) + 0.5 * part.field(rng, 45) - 0.8, 0, 1.4)
     # Fine texture of the parenchyma: vessels and septa too small to draw, more in some than in others.
-    lung_hu += 26 * q[2] ** 1.5 * grid.field(rng, 2.6 + 1.6 * q[3])
-    hu += lung * (np.maximum(lung_hu, -970).astype(np.float32) - hu)
+    lung_hu += 26 * q[2] ** 1.5 * part.field(rng, 2.6 + 1.6 * q[3])
+    part.hu += part.lung * (np.maximum(lung_hu, -970).astype(np.float32) - part.hu)
 
     spine_y = cy + p.spine * h
-    _ribs_and_sternum(scene, bend(cage), rng)
+    _ribs_and_sternum(scene, ribs, rng)
     _vertebra(scene, spine_y, rng)
     _organs(scene, spine_y, rng)
     scene.inner = grid.distance(scene.lung)
-    _vessels_and_airways(scene, rng)
+    _vessels_and_airways(scene.part(chest), rng)
     return scene
+
+
+def _texture(grid: Grid, rng, mean: float, sd: float, scale: float) -> Callable:
+    """Return what fills a window with soft tissue, HU; drawn only where it is wanted."""
+    cloud = grid.field(rng, scale)
+    return lambda window: mean + sd * cloud(window)
 
 
 def _body_contour(p: Patient, level: float) -> np.ndarray:
@@ -195,21 +206,19 @@ def _body_contour(p: Patient, level: float) -> np.ndarray:
     y += 3 * np.exp(-((x / 22) ** 2)) * (s < 0) - 6 * np.exp(-((x / 20) ** 2)) * (s > 0)
     if p.breasts:
         size = p.breasts * np.exp(-(((level - 0.62) / 0.17) ** 2))
-        centre = 0.52 * p.half_width
-        y -= size * np.exp(-(((np.abs(x) - centre) / (0.30 * p.half_width)) ** 2)) * (s < 0)
+        y -= size * np.exp(-(((np.abs(x) - 0.52 * p.half_width) / (0.30 * p.half_width)) ** 2)) * (s < 0)
         x *= 1 + 0.10 * size / 40 * np.clip(-s, 0, 1) * np.abs(c)
     return np.stack([x, y], axis=1)
 
 
 def _breast_glands(scene, rng):
-    p = scene.patient
+    p, gland = scene.patient, _texture(scene.grid, rng, -60, 70, 8)
     size = p.breasts * np.exp(-(((scene.level - 0.62) / 0.17) ** 2))
-    gland = np.clip(-60 + 70 * scene.grid.field(rng, 8), -100, 45)
     for side in (-1, 1):
         shape = ellipse(side * 0.53 * p.half_width, -0.82 * p.half_depth - 0.5 * size, 0.16 * p.half_width, 0.42 * size,
                         side * 0.35, rng.normal(0, 0.07, (3, 2)))  # fmt: skip
         if size > 8:
-            scene.grid.paint(scene.hu, shape, gland)
+            scene.grid.paint(scene.hu, shape, lambda window: np.clip(gland(window), -100, 45))
 
 
 def _lung_contour(level, side, w, h, cy, p) -> np.ndarray:
@@ -263,18 +272,18 @@ def _chest_wall(scene, muscle):
 def _ribs_and_sternum(scene, cage, rng):
     """Five to eight rib cuts a side: curved bars with a cortex, longer where the rib runs in the slice."""
     hu, grid, n, (_, h, cy) = scene.hu, scene.grid, len(cage), scene.cage
-    centre = cage.mean(0)
+    centre, closed, numbers = cage.mean(0), np.vstack([cage, cage[:1]]), np.arange(len(cage) + 1)
+    ends, along = np.sin(np.linspace(0.35, np.pi - 0.35, 14)) ** 0.5, np.linspace(-1, 1, 14)[:, None]
     for side in (-1, 1):
         at = 0.06 + 0.04 * rng.random()
         while at < 0.43:
             length = rng.uniform(0.028, 0.07) * (0.8 if at < 0.12 else 1.0)
             i = (np.linspace(at, at + length, 14) * n) % n
             i = i if side > 0 else (n - i) % n
-            path = np.stack([np.interp(i, np.arange(n + 1), np.append(cage[:, k], cage[0, k])) for k in (0, 1)], axis=1)
+            path = np.stack([np.interp(i, numbers, closed[:, k]) for k in (0, 1)], axis=1)
             out = path - centre
             out /= np.linalg.norm(out, axis=1, keepdims=True)
-            path = path + out * (5.6 + np.linspace(-1, 1, 14)[:, None] * rng.normal(0, 1.3))
-            ends = np.sin(np.linspace(0.35, np.pi - 0.35, 14)) ** 0.5
+            path = path + out * (5.6 + along * rng.normal(0, 1.3))
             thick = rng.uniform(3.1, 4.3)
             if at < 0.10 and scene.level > 0.2:  # costal cartilage in front
                 grid.paint(hu, band(path, thick * 1.2 * ends), 95.0)
@@ -298,7 +307,7 @@ def _vertebra(scene, spine_y, rng):
     def plate(points, width, value):
         put(band(smooth_contour(np.array(points) + (0, spine_y), closed=False), width), value)
 
-    marrow = 170 + 45 * scene.grid.field(rng, 4)
+    marrow = _texture(scene.grid, rng, 170, 45, 4)
     put(ellipse(0, spine_y + 2, r * 1.25, r * 1.12), 45.0)
     put(ellipse(0, spine_y + r * 1.3, r * 1.5, r * 0.9), 50.0)
     disc = rng.random() < 0.25
@@ -332,19 +341,19 @@ def _organs(scene, spine_y, rng):
         """A heart chamber: its edge is soft, because the heart beats."""
         shape = ellipse(0, 0, rx, ry, angle, rng.normal(0, 0.05, (3, 2)))
         for k in range(4):
-            put(shape * (1.12 - 0.08 * k) + (x, spine_y + y * f), shade + (value - shade) * (k + 1) / 4)
+            place = shape * (1.12 - 0.08 * k) + (x, spine_y + y * f)
+            put(place, lambda window, k=k: (tone := shade(window)) + (value - tone) * (k + 1) / 4)
 
     def fold(points):
         """Mediastinal fat with its pleural edge."""
-        put(smooth_contour(np.array(points) * (1, f) + (0, spine_y)), -92 + 12 * grid.field(rng, 6))
+        put(smooth_contour(np.array(points) * (1, f) + (0, spine_y)), _texture(grid, rng, -92, 12, 6))
 
     def vessel(points, first, last, value):
         path = smooth_contour(np.array(points) * (1, f) + (0, spine_y), closed=False)
         put(band(path, np.linspace(first, last, len(path))), value)
 
-    shade = 46 + 6 * grid.field(rng, 8)
-    ao = p.aorta
-    x_desc = 20 + 5 * q[33]
+    shade = _texture(grid, rng, 46, 6, 8)
+    ao, x_desc = p.aorta, 20 + 5 * q[33]
     if level < 0.22:
         fold([(-30, -30), (-34, -62), (-24, -88), (0, -96), (24, -88), (32, -60), (28, -28), (0, -14)])
         spot(-17, -70 + 8 * q[34], 8, 7)
@@ -372,7 +381,7 @@ def _organs(scene, spine_y, rng):
         grow = np.interp(level, [0.52, 0.66, 0.84, 1.0], [0.78, 1.0, 1.0, 0.8]) * p.heart
         x0, y0 = 0.13 * w, spine_y - 70 * f
         shape = ellipse(x0, y0, 0.506 * w * grow, 41 * grow * f, 0.32, [(0.05, 0.4), (0.05, 2.2)])
-        put(shape, -88 + 10 * grid.field(rng, 7))
+        put(shape, _texture(grid, rng, -88, 10, 7))
         put((shape - (x0, y0)) * (0.955, 0.94) + (x0, y0), shade)
         if level < 0.62:
             spot(-6, -84, ao * 1.2, ao * 1.15, blood)
@@ -432,7 +441,7 @@ def _organs(scene, spine_y, rng):
             grow = min(1.0, (level - first) / 0.3) ** 0.5 * share
             x0, y0 = side * 0.52 * w, cy - 0.10 * h
             shape = ellipse(x0, y0, 0.50 * w * grow, 0.72 * h * grow, side * -0.12, [(0.03, 0.3), (0.03, 1.1)])
-            put(shape, 58 + p.contrast * 0.3 + 6 * grid.field(rng, 8))
+            put(shape, _texture(grid, rng, 58 + p.contrast * 0.3, 6, 8))
             if side > 0 and q[40] < 0.6 and grow > 0.5:
                 put(ellipse(x0, y0 - 0.25 * h, 0.2 * w * grow, 0.16 * h * grow), p.gas)
 
@@ -441,8 +450,7 @@ def _vessels_and_airways(scene, rng):
     """Arteries, veins and bronchi: trees in space that fill the lung, cut by the slab."""
     hu, grid, p = scene.hu, scene.grid, scene.patient
     above = (0.47 - scene.level) * LUNG_HEIGHT * 0.5
-    filled, walls, lumens = np.zeros((3, *hu.shape), dtype=np.float32)
-    deep = scene.lung > 0.9
+    deep, forest, kinds = scene.lung > 0.9, Forest(), []
     for side, root in zip((-1, 1), scene.hilum, strict=True):
         own = np.flatnonzero(deep & (scene.x * side > 0))
         for kind, most, back, up in (("artery", 270, 0, -3), ("vein", 216, -6, 5)):
@@ -451,22 +459,22 @@ def _vessels_and_airways(scene, rng):
                 continue
             at = rng.choice(own, n, replace=False)
             targets = np.stack([scene.x.flat[at], scene.y.flat[at], rng.uniform(-15, 15, n)], axis=1)
-            start = np.array([*(root + rng.normal(0, 3, 2) + (0, back)), np.clip(above, -38, 38) + up])
-            tree = grow_tree(rng, start, targets, 0.34, 0.40)
-            points, radius, slope, branch = tree.sample(rng, max(0.5, 0.8 * grid.pixel))
-            radius = np.minimum(radius, 5.5)
-            grid.tubes(points, radius, slope, out=filled)
-            if kind == "artery":
-                big = (radius > 1.3) & (tree.depth[branch] < 5)
-                flat = points[big]
-                ahead = (tree.end - tree.start)[branch[big]]
-                beside = np.stack([-ahead[:, 1], ahead[:, 0]], axis=1)
-                beside /= np.maximum(np.linalg.norm(beside, axis=1, keepdims=True), 1e-6)
-                tube = np.minimum(radius[big] * 0.8, 4.0)
-                flat[:, :2] += beside * (radius[big] + tube)[:, None]
-                thick = 0.4 + 0.1 * tube + 0.5 * (p.seed[41] < 0.25)  # bronchial wall thickening in some
-                grid.tubes(flat, tube + thick, slope[big], out=walls)
-                grid.tubes(flat, tube, slope[big], out=lumens)
+            forest.plant(rng, [*(root + rng.normal(0, 3, 2) + (0, back)), np.clip(above, -38, 38) + up], targets)
+            kinds.append(kind == "artery")
+    if not kinds:
+        return
+    # A bronchus beside a vessel may reach 1 mm farther.
+    points, radius, slope, branch = forest.sample(0.34, 0.40, max(0.5, 0.8 * grid.pixel), grid.thickness / 2 + 1)
+    radius = np.minimum(radius, 5.5)
+    big = np.array(kinds)[forest.tree[branch]] & (radius > 1.3) & (forest.depth[branch] < 5)
+    flat, ahead = points[big], forest.ahead[branch[big]]
+    beside = np.stack([-ahead[:, 1], ahead[:, 0]], axis=1)
+    beside /= np.maximum(np.linalg.norm(beside, axis=1, keepdims=True), 1e-6)
+    tube = np.minimum(radius[big] * 0.8, 4.0)
+    flat[:, :2] += beside * (radius[big] + tube)[:, None]
+    thick = 0.4 + 0.1 * tube + 0.5 * (p.seed[41] < 0.25)  # bronchial wall thickening in some
+    walls, lumens = (scene.tubes(flat, r, slope[big]) for r in (tube + thick, tube))
+    filled = scene.tubes(points, radius, slope)
     inside = np.minimum(1, scene.lung + (scene.wall > 12) * (hu < -60))
     for share, value in ((walls, 20.0), (lumens, p.gas + 8), (filled, scene.blood)):
         hu += inside * share * (value - hu)

@@ -113,19 +113,10 @@ def make_slice(
     add_confounders(scene, other)
     drawn = add_finding(scene, finding, severity, sick)
     image = acquire(scene.hu, grid, scene.body, scanner, scan, window)
-    found = window_of(drawn["mask"])
-    record = SliceRecord(
-        path=_path(split, label, index),
-        split=split,
-        label=label,
-        patient=f"{split}-{label}-{number:05d}",
-        level=round(level, 3),
-        finding=drawn["finding"],
-        severity=0.0 if finding in ("Normal", "none") else round(severity, 3),
-        side=drawn["side"],
-        box=found and (int(found[1].start), int(found[0].start), int(found[1].stop), int(found[0].stop)),
-    )
-    return image, record
+    found, name = window_of(drawn["mask"]), f"{split}-{label}-{number:05d}"
+    box = found and (found[1].start, found[0].start, found[1].stop, found[0].stop)
+    sign = drawn["finding"], 0.0 if finding in ("Normal", "none") else round(severity, 3), drawn["side"]
+    return image, SliceRecord(_path(split, label, index), split, label, name, round(level, 3), *sign, box)
 
 
 def write_dataset(
@@ -186,9 +177,8 @@ def write_dataset(
     done.unlink(missing_ok=True)
     for path in out.glob("*/*/.tmp-*"):  # left by a process that was killed
         path.unlink(missing_ok=True)
-    for split, per_class in counts.items():
-        for name in per_class:
-            (out / split / name).mkdir(parents=True, exist_ok=True)
+    for folder in [out / split / name for split in counts for name in CLASSES]:
+        folder.mkdir(parents=True, exist_ok=True)
 
     # The table of findings is the log of a run: a row is added when its picture is there, put in order at the end.
     rows = {row["path"]: row for row in _read_table(table) if _decodes(out / row["path"])}
@@ -197,9 +187,8 @@ def write_dataset(
     make = functools.partial(_write_slice, out, seed, size, shortcut)
     with open(table, "a", newline="", encoding="utf-8") as file, _mapped(make, left, workers) as made:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if show_progress:
-            made = progress(made, total=len(jobs), initial=len(rows), desc="synthetic slices", unit="slice")
-        for row in made:
+        shown = {"total": len(jobs), "initial": len(rows), "desc": "synthetic slices", "unit": "slice"}
+        for row in progress(made, **shown) if show_progress else made:
             rows[row["path"]] = row
             writer.writerow(row)
             file.flush()
