@@ -6,7 +6,7 @@ PY = .venv/bin/python
 PIP_QUIET = $(if $(CI),--quiet --progress-bar off)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab notebooks lint bench bench-peers gpu clean
+.PHONY: help run test lab notebooks sweeps lint bench bench-peers gpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -24,6 +24,11 @@ lab: .venv/.installed ## JupyterLab on notebooks/
 
 notebooks: .venv/.installed ## run the notebooks in profile standard and store their outputs in place
 	$(PY) notebooks/run_notebooks.py --in-place $(if $(NOTEBOOKS),--only $(NOTEBOOKS))
+
+SWEEPS = 10_augmentation 11_optimizers 12_epochs_and_unfreezing
+sweeps: .venv/.installed ## make all runs of notebooks 10 to 12 anew (hours on 2 cores), and the records that come with the course
+	for name in $(SWEEPS); do CT_PROFILE=standard $(PY) -m ctutils sweep notebooks/plans/$$name.toml \
+		--pack data/reference_runs/standard/$$name || exit 1; done
 
 lint: .venv/.installed ## ruff alone
 	$(PY) -m ruff check .
@@ -43,17 +48,17 @@ clean: ## remove caches and executed copies; data sets, run records and .venv st
 	rm -rf .pytest_cache .ruff_cache build dist *.egg-info data/cache data/executed
 	find ctutils tests notebooks -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
 
-RIGHT_VERSION = import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+RIGHT_VERSION = import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 TORCHVISION_WORKS = import torch, torchvision; \
 	torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
 
 .venv/.installed: pyproject.toml
 	@found=""; if ! $(PY) -m pip --version >/dev/null 2>&1; then \
-		for p in "$(PYTHON)" python3.13 python3.12 python3.11; do \
+		for p in "$(PYTHON)" python3.14 python3.13 python3.12 python3.11; do \
 			if "$$p" -c '$(RIGHT_VERSION)' >/dev/null 2>&1; then found="$$p"; break; fi; \
 		done; \
 		if test -z "$$found"; then \
-			echo "Found no Python 3.11 to 3.13 (tried $(PYTHON), python3.13, python3.12, python3.11)." \
+			echo "Found no Python 3.11 to 3.14 (tried $(PYTHON), python3.14, python3.13, python3.12, python3.11)." \
 				"Expected one of them. To mend: install one, or name it: make PYTHON=/path/to/python3.12"; \
 			exit 1; \
 		fi; \

@@ -17,19 +17,20 @@ class CTError(ValueError):
         found: what was found, with the path or value.
         expected: what was expected instead.
         mend: what to do now.
+        files: {path: why} of every file that is at fault, where there may be many.
 
     Example: `CTError("no folder 'dat'", "a data set folder", "set CT_DATA")` prints
     `Found no folder 'dat'. Expected a data set folder. To mend: set CT_DATA.`
     """
 
-    def __init__(self, found: str, expected: str, mend: str):
-        self.found, self.expected, self.mend = found, expected, mend
+    def __init__(self, found: str, expected: str, mend: str, files: dict[str, str] | None = None):
+        self.found, self.expected, self.mend, self.files = found, expected, mend, files
         text = f"Found {found}. Expected {expected}. To mend: {mend}."
         # A file's name may hold a line break, or bytes that are not UTF-8, which no terminal can show.
         super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
 
     def __reduce__(self):  # so that it travels back from a worker process
-        return type(self), (self.found, self.expected, self.mend)
+        return type(self), (self.found, self.expected, self.mend, self.files)
 
 
 @contextlib.contextmanager

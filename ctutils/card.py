@@ -49,6 +49,7 @@ def model_card(run: Run, audit: Iterable[str] | None = None) -> str:
         lines.append(f"- Greys made from DICOM with the window {greys}.")
     if data["patients"]:
         lines.append(f"- {data['patients']} patients are known.")
+    lines += [f"- {note[:1].upper()}{note[1:]}." for note in data.get("notes", [])]
     lines += _counts(data["counts"], run.classes)
     if data["test_from_val"]:
         lines += ["", "There was no test split: validation was cut in two, one half chose the epoch."]

@@ -17,10 +17,10 @@ from ctutils.plan import Plan
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return 0 on success, 1 when a check failed, 2 on a user's error, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):  # names may hold what a terminal's encoding cannot show
         with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")
-    argv = sys.argv[1:] if argv is None else argv
+            stream.reconfigure(errors="backslashreplace", encoding="utf-8" if "--json" in argv else None)
     options = _parser().parse_args(argv or ["--help"])
     # Before torch is loaded: waiting threads that spin cost several times the work when a core is busy elsewhere.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
             mend = "check paths and files; CT_DEBUG=1 shows where it happened"
             text = str(CTError(why, "input that the system accepts", mend))
         if options.json:
-            print(json.dumps({"error": text}, ensure_ascii=False))
+            files = {"files": error.files} if getattr(error, "files", None) else {}
+            print(json.dumps({"error": text, **files}, ensure_ascii=False))
         print(f"Error: {text}", file=sys.stderr)
         return 2
 
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--fix", type=Path, metavar="OUT", help="write a cleaned copy to OUT")
 
     imp = add("import", _import, "bring AI Hub's delivery, DICOM or another folder layout into the course's layout")
+    imp.description = IMPORT_HELP
     imp.add_argument("src", type=Path)
     imp.add_argument("out", type=Path)
     imp.add_argument("--format", choices=("aihub", "dicom", "folder"), help="default: found by looking")
@@ -161,6 +163,13 @@ As a job array, one run a task (Slurm; --list shows the indices; make the data s
 """
 
 
+IMPORT_HELP = """\
+Bring AI Hub's delivery, DICOM or another folder layout into the course's layout. Classes come from folders, or from a
+file labels.csv in SRC with the columns path, class and, if wanted, split and patient; a path is a file or a folder
+(a patient's, for example). What is left out is named.
+"""
+
+
 def _print(options: argparse.Namespace, content: dict, text: str) -> None:
     print(json.dumps(content, ensure_ascii=False) if options.json else text)
 
@@ -196,7 +205,9 @@ def _import(options: argparse.Namespace) -> int:
 
     given = {"format": options.format, "window": tuple(options.window), "progress": not options.json}
     summary = import_dataset(options.src, options.out, **given)
-    _print(options, summary, "\n".join(f"{key}: {value}" for key, value in summary.items()))
+    left_out = [f"left out: {row['path']}: {row['reason']}" for row in summary["skipped"]]
+    lines = [f"{key}: {value}" for key, value in summary.items() if key not in ("skipped", "notes")]
+    _print(options, summary, "\n".join([*lines, *summary["notes"], *left_out]))
     return 0
 
 
@@ -208,7 +219,7 @@ def _train(options: argparse.Namespace) -> int:
     plan, settings = Plan(**fields), get_settings(options.data)
     out = options.out or settings.runs_dir / plan.backbone
     say = (lambda text: None) if options.json else print
-    run = run_plan(plan, settings, out, resume=options.resume, say=say)
+    run = run_plan(plan, settings, out, resume=options.resume, replace=False, say=say)
     record = run.record
     val, test = record["scores"]["val"], record["scores"]["test"]
     content = {"run": str(out), "backbone": run.plan.backbone, "weights": record["weights"]["kind"]}
@@ -255,7 +266,19 @@ def _predict(options: argparse.Namespace) -> int:
     from ctutils.report import predict_files
     from ctutils.runs import load_run
 
-    rows = predict_files(load_run(options.run), options.images, weights=options.weights)
+    rows, failed = predict_files(load_run(options.run), options.images, weights=options.weights)
+    bad = ""
+    if failed:
+        named = "; ".join(f"'{path}' ({why})" for path, why in failed.items())
+        error = CTError(
+            f"{len(failed)} file(s) that cannot be read: {named}",
+            "pictures or axial CT slices",
+            "replace them or leave them out",
+            failed,
+        )
+        if not rows:
+            raise error
+        bad = f"Error: {error}"
     lines = []
     for row in rows:
         scores = "  ".join(f"{name} {value:.3f}" for name, value in row["probabilities"].items())
@@ -263,8 +286,10 @@ def _predict(options: argparse.Namespace) -> int:
         lines.append(
             f"{row['image']}: {row['class']}  {scores}{window}{'  (' + row['note'] + ')' if 'note' in row else ''}"
         )
-    _print(options, {"predictions": rows}, "\n".join([*lines, "Not for clinical use."]))
-    return 0
+    _print(options, {"predictions": rows, "failed": failed}, "\n".join([*lines, "Not for clinical use."]))
+    if failed:
+        print(bad, file=sys.stderr)
+    return 2 if failed else 0
 
 
 def _weights(options: argparse.Namespace) -> int:

@@ -9,29 +9,38 @@ import io
 import math
 import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from ctutils.base import CTError, atomic_path, progress, read_json, write_json
 from ctutils.config import Settings, cache_dir
+from ctutils.pictures import (
+    DEPTHS,
+    HU,
+    IMAGE_SUFFIXES,
+    LUNG_WINDOW,
+    BadFile,
+    look,
+    quiet,
+    read_file,
+    read_grey,
+    resize,
+    say_depth,
+)
 from ctutils.registry import IMAGENET_MEAN, IMAGENET_STD
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {split: split for split in SPLITS}
 SPLIT_NAMES |= {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-SMALLEST = 16  # pixels; a picture smaller than this on a side is no CT slice
+SHARE, SPLIT_SEED = 0.15, 0  # of val and of test, where they are drawn
 PATH_COLUMNS = ("path", "file", "filename", "image")
 PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject")
 # What tables and records cannot hold: control characters, line separators, bytes that are not UTF-8.
 ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-Image.MAX_IMAGE_PIXELS = 100_000_000  # PIL warns above this and raises above twice this
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +51,12 @@ class SliceFolder:
         root: the folder.
         name: its name in tables and records.
         classes: sorted class names; a label is an index into them.
-        slices: one row a file: path (relative, with /), split, class, label, width, height, mode, bytes,
-            sha256, problem (empty when the file's header is readable), patient (empty where unknown).
+        slices: one row a file: path (relative, with /), split, class, label, width, height, mode, frames, depth (of
+            more than 8 bits, else ""), warned (what the decoder warned of), bytes, sha256, problem (empty when the
+            file's header is readable), patient (empty where unknown).
         meta: content of `dataset.json`, or {}.
         fingerprint: SHA-256 over every path and content; it changes when any file does.
+        notes: what a user should know of how the folder was read: one sentence each.
     """
 
     root: Path
@@ -54,6 +65,7 @@ class SliceFolder:
     slices: pd.DataFrame
     meta: dict[str, Any]
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -69,13 +81,18 @@ class SliceFolder:
         return None
 
     @property
+    def depth(self) -> str:
+        """How pictures of more than 8 bits are read (see `pictures.own_depth`); "" where there are none."""
+        return max(self.slices["depth"])
+
+    @property
     def window(self) -> dict[str, Any] | None:
         """Window of the pictures' greys, {"level", "width", "unit"}; None when it is not known."""
         match self.meta.get("window"):
             case {"level": int(level) | float(level), "width": int(width) | float(width), "unit": str(unit)}:
                 if abs(level) < 1e6 and 0 < width < 1e6 and _text(unit):
                     return {"level": level, "width": width, "unit": unit}
-        return None
+        return dict(zip(("level", "width", "unit"), (*LUNG_WINDOW, HU), strict=True)) if self.depth == HU else None
 
     @property
     def labels(self) -> np.ndarray:
@@ -91,6 +108,12 @@ class SliceFolder:
         table = pd.crosstab(self.slices["class"], self.slices["split"])
         return table.reindex(index=list(self.classes), columns=[s for s in SPLITS if s in table], fill_value=0)
 
+    def read_grey(self, row: int):
+        """Decode the slice of a row to 8-bit grey, as its data set is read; raises `BadFile`."""
+        window = self.window or dict(zip(("level", "width"), LUNG_WINDOW, strict=True))
+        path, depth = self.slices["path"].iloc[row], self.slices["depth"].iloc[row]
+        return read_grey(self.root / path, depth, (window["level"], window["width"]))
+
 
 def _text(value: object) -> str:
     """Return a text of dataset.json that a record can hold, or ""."""
@@ -101,7 +124,8 @@ def load_folder(root: str | Path, *, strict: bool = True, cache: Path | None = N
     """Find splits, classes and slices, and read every file's header and content hash.
 
     Args:
-        root: `<root>/{train,val[,test]}/<class>/*.png`; split folders also as Training, valid, Validation, ...
+        root: `<root>/{train[,val][,test]}/<class>/*.png`; split folders also as Training, valid, Validation, ...
+            Without val, 15 % of train become val, and another 15 % test where there is none: see `notes`.
         strict: raise when files or patients.csv cannot be read; else `problem` says why and `patient` is empty.
         cache: folder for the index of known files (default `data/cache`).
     Raises:
@@ -110,7 +134,7 @@ def load_folder(root: str | Path, *, strict: bool = True, cache: Path | None = N
     Source: notebook 01.
     """
     root = Path(root)
-    classes, slices = _find_slices(root)
+    classes, slices, unused = _find_slices(root)
     own_name = root.resolve().name
     odd = [name for name in (own_name, *slices["path"]) if ODD.search(name)]
     if odd:
@@ -123,33 +147,54 @@ def load_folder(root: str | Path, *, strict: bool = True, cache: Path | None = N
     except CTError:
         if strict:
             raise
-    if strict:
-        _refuse_unreadable(root, dict(zip(slices["path"], slices["problem"], strict=True)))
-    digest = hashlib.sha256()
-    for row in slices[["path", "split", "class", "sha256"]].itertuples(index=False):
-        digest.update("\0".join(row).encode() + b"\n")
     try:
         meta = read_json(root / "dataset.json")
     except CTError:
         meta = {}
-    return SliceFolder(root, _text(meta.get("name")) or own_name, classes, slices, meta, digest.hexdigest())
+    notes = [f"{len(unused)} file(s) in class folders not used, such as '{unused[0]}'"] if unused else []
+    _settle_depth(slices, str(meta.get("depth", "")))
+    for depth, count in slices["depth"][slices["depth"] != ""].value_counts().items():
+        notes.append(f'{count} picture(s) read as {say_depth(depth)}; "depth" in dataset.json changes that')
+    if several := int((slices["frames"] > 1).sum()):
+        notes.append(f"{several} file(s) of several frames: only the first is read")
+    digest = hashlib.sha256()
+    for row in slices[["path", "split", "class", "sha256"]].itertuples(index=False):
+        digest.update(unicodedata.normalize("NFC", "\0".join(row)).encode() + b"\n")
+    folder = SliceFolder(root, _text(meta.get("name")) or own_name, classes, slices, meta, "", tuple(notes))
+    if folder.depth:
+        digest.update(f"{folder.depth} {folder.window}".encode())
+    folder = dataclasses.replace(folder, fingerprint=digest.hexdigest())
+    if strict and (slices["problem"] != "").any():
+        _refuse_unreadable(folder)
+    return folder if len(folder.rows("val")) else _with_val_split(folder, cache or cache_dir())
 
 
-def _find_slices(root: Path) -> tuple[tuple[str, ...], pd.DataFrame]:
-    """Return the sorted class names, the same in every split, and the table of path, split, class and label."""
+def _find_slices(root: Path) -> tuple[tuple[str, ...], pd.DataFrame, list[str]]:
+    """Return the sorted class names, the same in every split, the table of path, split, class and label, and the rest.
+
+    Class names are compared as one reads them: macOS stores the parts of a Korean syllable, others the syllable.
+    """
     if not root.is_dir():
         mend = "check the path in CT_DATA or on the command line; `python -m ctutils synth OUT` makes a synthetic set"
         raise CTError(f"no folder '{root}'", "a data set folder <root>/{train,val,test}/<class>/*.png", mend)
-    folders, classes = {}, {}
+    classes: dict[str, dict[str, list[Path]]] = {}
+    folders = {}
     for split in SPLITS:
         found = [path for path in _subfolders(root) if SPLIT_NAMES.get(path.name.lower()) == split]
-        if len(found) > 1 or (not found and split != "test"):
+        others = [path.name for path in _subfolders(root) if path.name.lower() not in SPLIT_NAMES]
+        if len(found) > 1 or (not found and (split == "train" or (split == "val" and others))):
             names = " and ".join(f"'{path.name}'" for path in found) or f"no '{split}' folder"
-            mend = "rename the folders; `python -m ctutils import SRC OUT` brings other layouts into this one"
+            names += f" (but '{others[0]}')" if others and not found else ""
+            mend = "rename or move the folders; `python -m ctutils import SRC OUT` brings other layouts into this one"
             raise CTError(f"{names} in '{root}'", "one folder train (or Training) and one val (or valid, ...)", mend)
         if found:
-            folders[split], classes[split] = found[0], {path.name for path in _subfolders(found[0])}
-    names, rows = sorted(set().union(*classes.values())), []
+            folders[split], classes[split] = found[0], {}
+            for path in _subfolders(found[0]):
+                classes[split].setdefault(unicodedata.normalize("NFC", path.name), []).append(path)
+    names, rows, unused = sorted(set().union(*classes.values())), [], []
+    if are_patients(names):
+        found = f"{len(names)} folders that look like patients ({', '.join(names[:3])}, ...), not classes, in '{root}'"
+        raise CTError(found, "one folder a class", "write labels.csv (path,class), and give the folder to import")
     for split, folder in folders.items():
         missing = [name for name in names if name not in classes[split]]
         if missing or len(names) < 2:
@@ -157,12 +202,22 @@ def _find_slices(root: Path) -> tuple[tuple[str, ...], pd.DataFrame]:
             mend = f"add or rename {missing}, or remove it everywhere" if missing else "add a class"
             raise CTError(f"classes {sorted(classes[split])} in '{folder}', in all {names}", expected, mend)
         for label, name in enumerate(names):
-            pictures = _find_pictures(root, folder / name)
+            found = [_find_pictures(root, path) for path in classes[split][name]]
+            pictures, others = (sum(some, []) for some in zip(*found, strict=True))
             if not pictures:
                 mend = "add slices (DICOM goes through `python -m ctutils import`), or remove the class everywhere"
                 raise CTError(f"no images in '{folder / name}'", f"files ending in {', '.join(IMAGE_SUFFIXES)}", mend)
             rows += [(path, split, name, label) for path in pictures]
-    return tuple(names), pd.DataFrame(rows, columns=["path", "split", "class", "label"])
+            unused += others
+    return tuple(names), pd.DataFrame(rows, columns=["path", "split", "class", "label"]), unused
+
+
+def are_patients(names: list[str]) -> bool:
+    """Tell whether folders are named like patients, not like classes: case00, case01, ... or many with numbers."""
+    word = r"(case|patient|pat|pt|subject|subj|sub|series|study|scan|환자|증례)[-_ .]*\w?\d+"
+    numbered = sum(bool(re.search(r"\d", name)) for name in names)
+    alike = len(names) > 1 and all(re.fullmatch(word, name, re.IGNORECASE) for name in names)
+    return alike or (len(names) >= 10 and numbered >= 0.9 * len(names))
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -170,37 +225,72 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_file())
 
 
-def _find_pictures(root: Path, folder: Path) -> list[str]:
-    """Return the pictures below a class folder, relative to `root`, sorted folder by folder.
+def _find_pictures(root: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """Return the pictures below a class folder, and its other files, relative to `root`, sorted folder by folder.
 
-    A link that leads nowhere counts as one, for the check to name. A link to a folder is not entered: one that
+    A link that leads nowhere counts as a picture, for the check to name. A link to a folder is not entered: one that
     leads back up would give every slice many times.
     """
 
     def fail(error: OSError):
         raise error
 
-    found: list[str] = []
+    found: tuple[list[str], list[str]] = ([], [])
     for here, _, names in os.walk(folder, onerror=fail):
-        pictures = (name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."))
-        places = [os.path.join(here, name) for name in pictures]
         below = Path(here).relative_to(root).as_posix()
-        found += [f"{below}/{os.path.basename(p)}" for p in places if os.path.isfile(p) or not os.path.exists(p)]
-    return sorted(found, key=lambda path: path.split("/"))
+        for name in sorted(names):
+            place = os.path.join(here, name)
+            if not name.startswith(".") and (os.path.isfile(place) or not os.path.exists(place)):
+                found[not name.lower().endswith(IMAGE_SUFFIXES)].append(f"{below}/{name}")
+    return tuple(sorted(some, key=lambda path: path.split("/")) for some in found)
 
 
-def _refuse_unreadable(root: Path, problems: dict[str, str]) -> None:
-    bad = [f"'{path}' ({problem})" for path, problem in problems.items() if problem]
-    if bad:
-        shown = "; ".join(bad[:5] + ([f"and {len(bad) - 5} more"] if len(bad) > 5 else []))
-        mend = f'replace or remove them; `python -m ctutils check "{root}"` lists all'
-        expected = f"pictures of at least {SMALLEST} x {SMALLEST} pixels"
-        raise CTError(f"{len(bad)} unreadable file(s) in '{root}': {shown}", expected, mend)
+def _settle_depth(slices: pd.DataFrame, wanted: str) -> None:
+    """Decide for all pictures of more than 8 bits how they are read: as `wanted`, else as most of them ask for."""
+    own = slices["depth"]
+    deep, known = own != "", own.isin(DEPTHS)
+    if not deep.any():
+        return
+    usual = wanted if wanted in DEPTHS else max(own[known], key=list(own[known]).count, default="16")
+    for row in slices.index[deep & (own != usual)] if usual != wanted else ():
+        depth = own[row]
+        odd = f"{say_depth(depth)}, where most are {say_depth(usual)}" if depth in DEPTHS else depth.removeprefix("?")
+        slices.loc[row, "problem"] = odd + ' (if it is right, say "depth" in dataset.json)'
+    slices.loc[deep, "depth"] = usual
+
+
+def _refuse_unreadable(folder: SliceFolder, problems: dict[str, str] | None = None) -> None:
+    """Raise CTError that names what cannot be read, by fault; where headers failed, decode the others before."""
+    if problems is None:
+        problems = dict(zip(folder.slices["path"], folder.slices["problem"], strict=True))
+        with quiet(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            rows = [row for row, problem in enumerate(problems.values()) if not problem]
+            for row, problem in zip(rows, pool.map(lambda row: _problem(folder, row), rows), strict=True):
+                problems[folder.slices["path"].iloc[row]] = problem
+    bad = {path: problem for path, problem in problems.items() if problem}
+    faults: dict[str, list[str]] = {}
+    for path, problem in bad.items():
+        faults.setdefault(problem, []).append(f"'{path}'")
+    shown = (
+        f"{', '.join(paths[:20])}{f' and {len(paths) - 20} more' * (len(paths) > 20)} ({fault})"
+        for fault, paths in faults.items()
+    )
+    mend = f'replace or remove them; `python -m ctutils check "{folder.root}"` lists all'
+    found = f"{len(bad)} unreadable file(s) in '{folder.root}': {'; '.join(shown)}"
+    raise CTError(found, "pictures of slices", mend, files=bad)
+
+
+def _problem(folder: SliceFolder, row: int) -> str:
+    try:
+        folder.read_grey(row)
+        return ""
+    except BadFile as error:
+        return str(error)
 
 
 def _file_facts(root: Path, paths: list[str], cache: Path) -> list[dict[str, Any]]:
     """Return `_read_fact` of every file; an index in the cache knows files whose size and times have not changed."""
-    index = cache / "index" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.json"
+    index = cache / "index" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}-2.json"
     try:
         known = read_json(index)
     except CTError:
@@ -216,7 +306,7 @@ def _file_facts(root: Path, paths: list[str], cache: Path) -> list[dict[str, Any
         if keys[-1] not in known:
             new[keys[-1]] = file
     if new or len(known) > len(keys):
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        with quiet(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             facts = progress(pool.map(_read_fact, new.values()), total=len(new), desc="Reading files", leave=False)
             known |= zip(new, facts, strict=True)
         with contextlib.suppress(OSError, CTError):  # only an optimisation
@@ -225,41 +315,46 @@ def _file_facts(root: Path, paths: list[str], cache: Path) -> list[dict[str, Any
 
 
 def _read_fact(path: str) -> dict[str, Any]:
-    fact: dict[str, Any] = {"width": 0, "height": 0, "mode": "", "bytes": 0, "sha256": "", "problem": ""}
+    fact: dict[str, Any] = {"width": 0, "height": 0, "mode": "", "frames": 0, "depth": "", "warned": ""}
+    fact |= {"bytes": 0, "sha256": "", "problem": ""}
     try:
-        content = Path(path).read_bytes()
+        content = read_file(path)
         fact |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        with Image.open(io.BytesIO(content)) as image:
-            fact |= {"width": image.width, "height": image.height, "mode": image.mode}
-        if min(image.size) < SMALLEST:
-            fact["problem"] = f"{image.width} x {image.height} pixels"
-    except UNDECODABLE as error:
-        fact["problem"] = _why(error)
+        fact |= look(io.BytesIO(content))
+    except BadFile as error:
+        fact["problem"] = str(error)
     return fact
 
 
-def _why(error: Exception) -> str:
-    unknown = isinstance(error, Image.UnidentifiedImageError)
-    return "not a picture" if unknown else getattr(error, "strerror", None) or str(error) or type(error).__name__
+def read_table(content: bytes) -> pd.DataFrame:
+    """Read a table as people save it: UTF-8, UTF-16 or cp949; comma, semicolon or tab; every cell a text.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp949")  # Excel's CSV in Korea
+    header = text.strip().partition("\n")[0]
+    return pd.read_csv(io.StringIO(text), sep=max(",;\t", key=header.count), dtype=str, keep_default_na=False)
 
 
 def read_patients(root: Path, paths: pd.Series) -> tuple[np.ndarray, list[str]]:
     """Return the patient of every path, str (N,), "" where unknown, and the table's paths that name no slice.
 
     Read from the first CSV file at the root, patients.csv and findings.csv before others, with a column of
-    `PATH_COLUMNS` (as in `paths`, or a file name that occurs once) and one of `PATIENT_COLUMNS`, in any case;
-    in UTF-8 or UTF-16, with commas, semicolons or tabs; patient 12.0 is patient 12.
+    `PATH_COLUMNS` (as in `paths`, or a file name that occurs once) and one of `PATIENT_COLUMNS`, in any case.
+    A spreadsheet's "12.0" is patient "12".
 
     Raises:
         CTError: patients.csv cannot be read or lacks a column.
     """
     own = [root / "patients.csv", root / "findings.csv"]
+    paths = [unicodedata.normalize("NFC", path) for path in paths]
     for file in [*own, *sorted(set(root.glob("*.csv")) - set(own))]:
         try:
-            content = file.read_bytes()
-            text = content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-            comma = max(",;\t", key=text.partition("\n")[0].count)  # what separates the names of the columns
-            table = pd.read_csv(io.StringIO(text), sep=comma, dtype=str, keep_default_na=False)
+            table = read_table(file.read_bytes())
             lower = {name.strip().lower(): name for name in reversed(table.columns)}
             places = table[next(lower[name] for name in PATH_COLUMNS if name in lower)]
             patients = table[next(lower[name] for name in PATIENT_COLUMNS if name in lower)]
@@ -274,18 +369,95 @@ def read_patients(root: Path, paths: pd.Series) -> tuple[np.ndarray, list[str]]:
         full = {name: path for path in paths if named[name := path.rsplit("/", 1)[-1]] == 1} | {p: p for p in paths}
         known: dict[str, str] = {}
         for place, patient in zip(places, patients, strict=True):
-            place = place.strip().replace("\\", "/").removeprefix("./")
-            # A spreadsheet writes patient 12 as 12.0 where a cell of the column is empty.
-            known.setdefault(full.get(place, place), re.sub(r"^(\d+)\.0+$", r"\1", " ".join(patient.split())))
+            place = unicodedata.normalize("NFC", place.strip().replace("\\", "/").removeprefix("./"))
+            patient = re.sub(r"^(\d+)\.0+$", r"\1", " ".join(patient.split()))
+            known.setdefault(full.get(place, place), patient)
         return np.array([known.get(path, "") for path in paths]), sorted(known.keys() - full.keys())
     return np.full(len(paths), ""), []
+
+
+def share_out(labels: list[str], groups: list, shares: dict[str, float], seed: int = SPLIT_SEED) -> list[str]:
+    """Share rows out to splits, class by class, so that rows of one group stay together.
+
+    The largest groups go first, each where most is lacking; no split stays without a group of a class.
+
+    Args:
+        labels: class of each row.
+        groups: patient, content or file of each row; one with several classes counts for the most frequent.
+        shares: share of each split; they sum to 1.
+    Returns:
+        the split of each row.
+    Raises:
+        CTError: a class has fewer groups than there are splits.
+    """
+    table = pd.DataFrame({"label": labels, "group": groups})
+    sizes, label_of = table["group"].value_counts(), table.groupby("group")["label"].agg(lambda one: one.mode()[0])
+    rng, split_of = np.random.default_rng(seed), {}
+    for label in sorted(set(labels)):
+        members = rng.permutation(np.array(sorted(label_of.index[label_of == label]), dtype=object))
+        if len(members) < len(shares):
+            found = f"{len(members)} independent group(s) of slices of class '{label}' to share out"
+            expected = f"{len(shares)}, one for each of {', '.join(shares)}; slices of one patient, and twins, are one"
+            raise CTError(found, expected, "add slices of other patients, or sort the files into the splits by hand")
+        total = sizes[members].sum()
+        lacking = {split: share * total for split, share in shares.items()}
+        members = sorted(members, key=lambda group: -sizes[group])
+        for left, group in zip(range(len(members), 0, -1), members, strict=True):
+            empty = [split for split, share in shares.items() if lacking[split] == share * total]
+            split = max(empty if left <= len(empty) else shares, key=lacking.get)
+            split_of[group] = split
+            lacking[split] -= sizes[group]
+    return [split_of[group] for group in groups]
+
+
+def _with_val_split(folder: SliceFolder, cache: Path) -> SliceFolder:
+    """Return the folder with validation slices (and test slices, where there are none) drawn from its train split.
+
+    Slices of one patient stay together where patients are known, else near twins do. The fingerprint covers the
+    drawn splits, too.
+    """
+    slices, rows = folder.slices.copy(), folder.rows("train")
+    part, shares = slices.iloc[rows], {"val": SHARE} | ({} if len(folder.rows("test")) else {"test": SHARE})
+    if (part["patient"] != "").any():
+        groups, by = part["patient"].where(part["patient"] != "", part["sha256"]).tolist(), "patient"
+    else:
+        groups, by = _twins(folder, rows, cache), "slice, near twins kept together; no patients are known"
+    drawn = share_out(part["class"].tolist(), groups, {"train": 1 - sum(shares.values()), **shares})
+    slices.iloc[rows, slices.columns.get_loc("split")] = drawn
+    note = f"no val split: {SHARE:.0%} of train drawn for {' and for '.join(shares)}, seed {SPLIT_SEED}, by {by}"
+    digest = hashlib.sha256("\0".join([folder.fingerprint, *drawn]).encode()).hexdigest()
+    return dataclasses.replace(folder, slices=slices, fingerprint=digest, notes=(*folder.notes, note))
+
+
+def _twins(folder: SliceFolder, rows: np.ndarray, cache: Path) -> list:
+    """Return a group for each row, the same for near twins; equal files where the audit is not at hand."""
+    try:
+        from ctutils.audit import group_sketches, sketch
+    except ImportError:
+        return folder.slices["sha256"].iloc[rows].tolist()
+    known = cache / "twins" / f"{folder.fingerprint}.json"
+    with contextlib.suppress(CTError, KeyError):
+        return read_json(known)["groups"]
+    with quiet(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def look_at(row: int):
+            try:
+                return sketch(folder.read_grey(row))
+            except BadFile:
+                return None
+
+        read = pool.map(look_at, rows)
+        groups = group_sketches(list(progress(read, total=len(rows), desc="Looking for twins", leave=False)))
+    with contextlib.suppress(OSError, CTError):
+        write_json(known, {"groups": groups})
+    return groups
 
 
 def with_test_split(folder: SliceFolder, seed: int = 0) -> SliceFolder:
     """Return the folder with a test split: its own, or else half of its validation split.
 
-    The halves are stratified by class with a fixed seed: one half chooses the epoch, the other reports.
-    `meta["test_from_val"]` is True when that was done.
+    The halves are stratified by class with a fixed seed, and slices of one patient (else equal files) stay together:
+    one half chooses the epoch, the other reports. `meta["test_from_val"]` is True when that was done.
 
     Raises:
         CTError: a class has fewer than two validation slices to share out.
@@ -293,15 +465,13 @@ def with_test_split(folder: SliceFolder, seed: int = 0) -> SliceFolder:
     """
     if len(folder.rows("test")):
         return folder
-    from sklearn.model_selection import train_test_split
-
-    rows = folder.rows("val")
-    labels = folder.labels[rows]
-    if np.bincount(labels, minlength=len(folder.classes)).min() < 2:
+    slices, rows = folder.slices.copy(), folder.rows("val")
+    part = slices.iloc[rows]
+    if part["class"].value_counts().min() < 2:
         raise CTError("a class with one validation slice and no test split", "two or more", "add slices to val")
-    half, _ = train_test_split(rows, test_size=0.5, stratify=labels, random_state=seed)
-    slices = folder.slices.copy()
-    slices.loc[np.setdiff1d(rows, half), "split"] = "test"
+    groups = part["patient"].where(part["patient"] != "", part["sha256"])
+    halves = share_out(part["class"].tolist(), groups.tolist(), {"val": 0.5, "test": 0.5}, seed)
+    slices.iloc[rows, slices.columns.get_loc("split")] = halves
     return dataclasses.replace(folder, slices=slices, meta={**folder.meta, "test_from_val": True})
 
 
@@ -371,32 +541,6 @@ def _synthesise(out: Path, settings: Settings, **options) -> None:
     write_dataset(out, train=size.train, val=size.val, test=size.test, seed=settings.seed, **options)
 
 
-def read_grey(path: str | Path) -> Image.Image:
-    """Decode one picture of any mode to 8-bit grey, mode 'L'.
-
-    Colour becomes luminance (a CT slice has none), transparency is ignored, 16 bits are cut to the 8 that
-    matter: values above 4095 are taken as 16-bit, above 255 as 12-bit.
-
-    Raises:
-        OSError, SyntaxError, ValueError, Image.DecompressionBombError: the file cannot be decoded.
-    """
-    with Image.open(path) as image:
-        image.load()
-        if image.mode.startswith("I") or image.mode == "F":
-            values = np.asarray(image).astype(np.float64)
-            top = values.max(initial=0)
-            scale = 256 if top > 4095 else 16 if top > 255 else 1
-            return Image.fromarray(np.clip(values / scale, 0, 255).astype(np.uint8))
-        if image.mode in ("P", "PA"):
-            image = image.convert("RGBA" if "transparency" in image.info else "RGB")
-        return image.convert("L")
-
-
-def read_small(path: str | Path, size: int) -> np.ndarray:
-    """Decode one picture and resize it with antialias to uint8 (size, size); other shapes are squeezed."""
-    return np.asarray(read_grey(path).resize((size, size), Image.Resampling.BILINEAR))
-
-
 def build_transform(size: int, mean: tuple = IMAGENET_MEAN, std: tuple = IMAGENET_STD):
     """Return the transform from a picture to a network's input, float32 (3, size, size).
 
@@ -430,29 +574,31 @@ def build_store(folder: SliceFolder, size: int, *, cache: Path | None = None, wo
     path = (cache or cache_dir()) / "store" / f"{folder.fingerprint[:20]}-{size}.u8"
     shape, workers = (len(folder.slices), size, size), workers or os.cpu_count() or 1
 
-    def decode(file: Path) -> np.ndarray | str:
+    def decode(row: int) -> np.ndarray | str:
         try:
-            return read_small(file, size)
-        except UNDECODABLE as error:
-            return _why(error)
+            return resize(folder.read_grey(row), size)
+        except BadFile as error:
+            return str(error)
 
     if not path.is_file() or path.stat().st_size != math.prod(shape):
-        files, problems = [folder.root / name for name in folder.slices["path"]], {}
+        problems = {}
         with (
             atomic_path(path) as temporary,
             open(temporary, "wb") as out,
+            quiet(),
             concurrent.futures.ThreadPoolExecutor(workers) as pool,
-            progress(total=len(files), desc=f"Decoding slices to {size} x {size}", unit="slice", leave=False) as bar,
+            progress(total=shape[0], desc=f"Decoding slices to {size} x {size}", unit="slice", leave=False) as bar,
         ):
-            for start in range(0, len(files), 16 * workers):  # bounds what waits in memory
-                chunk = files[start : start + 16 * workers]
-                for file, decoded in zip(chunk, pool.map(decode, chunk), strict=True):
+            for start in range(0, shape[0], 16 * workers):  # bounds what waits in memory
+                chunk = range(start, min(start + 16 * workers, shape[0]))
+                for row, decoded in zip(chunk, pool.map(decode, chunk), strict=True):
                     if isinstance(decoded, str):
-                        problems[file.relative_to(folder.root).as_posix()] = decoded
+                        problems[folder.slices["path"].iloc[row]] = decoded
                     else:
                         out.write(decoded.tobytes())
                     bar.update()
-            _refuse_unreadable(folder.root, problems)
+            if problems:
+                _refuse_unreadable(folder, problems)
     return np.memmap(path, np.uint8, mode="r", shape=shape)
 
 
@@ -532,25 +678,23 @@ def feature_loaders(folder: SliceFolder, features, *, batch_size: int = 32, view
         features: tensor (N, D) or (N, K, h, w), float32 or bfloat16, rows as in `folder.slices`; a mapped file is
             read batch by batch.
         views: tensor (V, M, ...) of V random views of the M training slices: each time a training slice is asked
-            for, one of its views is drawn.
+            for, one of its views is drawn, or the slice as it is.
     Source: notebook 02; the views: notebook 10.
     """
 
     def batches(split: str):
         rows = folder.rows(split)
-        if split == "train" and views is not None:
-            return _FeatureBatches(views, np.arange(len(rows)), folder.labels[rows])
-        return _FeatureBatches(features[None], rows, folder.labels[rows])
+        return _FeatureBatches(features, rows, folder.labels[rows], views if split == "train" else None)
 
     return _loaders(folder, batches, batch_size)
 
 
 class _FeatureBatches:
-    def __init__(self, views, rows: np.ndarray, labels: np.ndarray):
+    def __init__(self, features, rows: np.ndarray, labels: np.ndarray, views=None):
         import torch
 
-        self.views = views  # (V, N, ...)
-        self.rows, self.labels = (torch.from_numpy(some).to(views.device) for some in (rows, labels))
+        self.features, self.views = features, views  # (N, ...), (V, M, ...)
+        self.rows, self.labels = (torch.from_numpy(some).to(features.device) for some in (rows, labels))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -558,11 +702,14 @@ class _FeatureBatches:
     def __getitem__(self, indices: list[int]):
         import torch
 
-        device, view = self.views.device, 0
-        if len(self.views) > 1:
-            view = torch.randint(len(self.views), (len(indices),)).to(device, non_blocking=True)
+        device = self.features.device
         indices = torch.as_tensor(indices).to(device, non_blocking=True)
-        return self.views[view, self.rows[indices]].float(), self.labels[indices]
+        batch = self.features[self.rows[indices]].float()
+        if self.views is not None:
+            drawn = torch.randint(len(self.views) + 1, (len(indices),)).to(device, non_blocking=True)  # 0: as it is
+            changed = drawn > 0
+            batch[changed] = self.views[drawn[changed] - 1, indices[changed]].float()
+        return batch, self.labels[indices]
 
 
 def _loaders(folder: SliceFolder, batches, batch_size: int) -> dict:

@@ -335,12 +335,14 @@ def record(
             "counts": {split: {name: int(n) for name, n in row.items()} for split, row in folder.counts().items()},
             "test_from_val": bool(folder.meta.get("test_from_val", False)),
             "patients": int(patients) or None,
+            "depth": folder.depth,
+            "notes": list(folder.notes),
         },
         **{"classes": list(folder.classes), "profile": settings.profile.name, "device": settings.device},
         "weights": dataclasses.asdict(network.weights),
         **{key: getattr(network, key) for key in ("bn", "standardised", "precision", "parameters", "lr", "lr_range")},
         **{"trained": trained, "at_once": network.whole.at_once},
-        **{"best_epoch": result.best_epoch, "interrupted": result.interrupted},
+        **{"best_epoch": result.best_epoch, "interrupted": result.interrupted, "diverged": result.diverged},
         "seconds": {"features": network.seconds, "train": train_seconds, "total": seconds},
         "scores": {split: _scores(rows, folder.classes) for split, rows in predictions.groupby("split", sort=False)},
         **(note or {}),
@@ -370,6 +372,7 @@ def run_plan(
     resume: bool | str = False,
     say: Callable[[str], None] = print,
     keep_weights: bool = True,
+    replace: bool = True,
     note: dict | None = None,
 ) -> Run:
     """Take the five steps, and write the run record; an older one there is replaced at the very end.
@@ -380,10 +383,11 @@ def run_plan(
             another one is an error, or with "if_same" a reason to start again.
         say: where the few lines for the user go.
         keep_weights, note: as for `record`.
+        replace: also a record of other slices.
     Returns:
         the record, as read back.
     Raises:
-        CTError: as the five steps; a run of this name in progress; `out` inside the data set.
+        CTError: as the five steps; a run of this name in progress; `out` inside the data set, or not to replace.
         KeyboardInterrupt: Ctrl-C before an epoch was finished.
     Source: notebook 05.
     """
@@ -398,12 +402,15 @@ def run_plan(
             raise CTError(f"the record '{out.name}' inside the data set", "a folder outside it", "choose another --out")
     with claim(out):
         folder = load(plan, settings)
+        check_replaceable(out, None if replace else folder.fingerprint)
+        for line in folder.notes:
+            say(line)
         network = build(plan, settings, folder)
-        if network.weights.note:
+        if network.weights.note and plan.resolved(settings).weights == "random":  # else the log has said it
             say(network.weights.note)
         loaders = featurise(plan, settings, folder, network)
         about = [plan.resolved(settings).to_json(), folder.fingerprint, network.weights.sha256, network.precision]
-        if plan.scheduler in ("step", "none"):  # such a run may go on for longer than it was planned
+        if about[0]["scheduler"] in ("step", "none"):  # such a run may go on for longer than it was planned
             about[0]["epochs"] = None
         digest = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
         checkpoint = out.with_name(f".{out.name}.{digest}.checkpoint.pt")
@@ -422,6 +429,8 @@ def run_plan(
             raise KeyboardInterrupt  # in the first epoch: there is nothing to record
         options = {"seconds": time.perf_counter() - start, "keep_weights": keep_weights, "note": note}
         run = record(plan, settings, folder, network, loaders, result, out, **options)
+        if result.diverged:
+            say(f"{result.diverged} The weights of the best epoch before it are kept.")
         if result.interrupted:
             say("Stopped early: the best epoch so far is saved; --resume goes on.")
         else:

@@ -1,7 +1,8 @@
 """Bring other deliveries into the folder layout: AI Hub archives, DICOM slices, other image folders.
 
 Everything is planned first (a list of `Picture`), so that nearly every mistake is found before anything is
-written. Sources are only read, archives in place: gigabytes are never unpacked to a temporary folder.
+written. Sources are only read, archives in place: gigabytes are never unpacked to a temporary folder. What is left
+out is named with its reason.
 """
 
 import contextlib
@@ -27,20 +28,41 @@ from PIL import Image
 
 from ctutils import base
 from ctutils.base import CTError
-from ctutils.data import IMAGE_SUFFIXES, SPLIT_NAMES, SPLITS
+from ctutils.data import (
+    PATH_COLUMNS,
+    PATIENT_COLUMNS,
+    SHARE,
+    SPLIT_NAMES,
+    SPLIT_SEED,
+    SPLITS,
+    are_patients,
+    read_patients,
+    read_table,
+    share_out,
+)
+from ctutils.dicom import DICOM_SUFFIXES, PATIENT_KEYS, is_dicom, read_dicom
+from ctutils.pictures import (
+    IMAGE_SUFFIXES,
+    LUNG_WINDOW,
+    MOST_BYTES,
+    BadFile,
+    open_picture,
+    quiet,
+    to_grey,
+)
 
 AIHUB_CLASSES = ("ILD", "Lung_Cancer", "Normal", "pneumonia", "pneumothorax")  # the deck's spelling
-LUNG_WINDOW = (-600, 1500)  # level, width in HU
-AIR_HU = -1024.0  # the lowest value of the CT scale, outside the body; grey 55 in the lung window
-SHARE = 0.15  # of val and of test; the rest is train
-SPLIT_SEED = 0
 IMAGE_FOLDERS = ("image", "images", "원천데이터")  # between split and class in some deliveries
-PICTURE_FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
-DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-PATIENT_KEYS = ("PatientID", "StudyInstanceUID", "SeriesInstanceUID")  # the first that tells patients apart
 UNLABELLED = "unlabelled"
-HIDDEN = re.compile(r"(^|/)\.")  # also what macOS writes beside each file of a tar: `._name`
-ARCHIVE_ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError)
+HIDDEN = re.compile(r"(^|/)\.")
+# What systems put beside files by themselves: nothing of the user's.
+JUNK = re.compile(r"(^|/)(\._[^/]*|\.DS_Store|__MACOSX/.*|Thumbs\.db|desktop\.ini|\.tmp-[^/]*)$", re.IGNORECASE)
+PACKED = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".alz", ".egg")
+TABLES = ("labels.csv", "patients.csv", "dataset.json")  # at the top: read, not copied
+LONGEST = 200  # bytes of a file's name without its suffix; systems take 255 with all
+ODD = re.compile(r'[<>:"/\\|?*\x00-\x1f\ufffd]|^\.|[. ]$|^(con|prn|aux|nul|com\d|lpt\d)(\..*)?$', re.IGNORECASE)
+ARCHIVE_ERRORS = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, LookupError)
+LABELS_CSV = "labels.csv with the columns path,class[,split][,patient]; a path is a file or a folder below it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +73,13 @@ class Entry:
     size: int
     open: Callable[[], io.IOBase]
 
-    def read(self) -> bytes:
+    def read(self, most: int = MOST_BYTES) -> bytes:
+        """Return its content; raises `BadFile` where it is larger than a slice may be."""
         with _archive_errors(self.path), self.open() as file:
-            return file.read()
+            content = file.read(most + 1) if self.size <= most else b""
+        if max(self.size, len(content)) > most:
+            raise BadFile(f"{self.size} bytes, more than {most}")
+        return content
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +89,7 @@ class Picture:
     Attributes:
         entry: its content; for DICOM made when it is read.
         patient: what tells its patient from others, "" when unknown; only its hash is ever written.
+        checked: it has been decoded; else that is done before it is written.
     """
 
     split: str
@@ -70,10 +97,24 @@ class Picture:
     name: str
     entry: Entry
     patient: str = ""
+    checked: bool = False
 
     @property
     def path(self) -> str:
         return f"{self.split}/{self.label}/{self.name}"
+
+
+@dataclasses.dataclass
+class Row:
+    """One file of a listing: its place, what tells its patient, and what decoding it has shown."""
+
+    entry: Entry
+    split: str | None
+    label: str | None
+    patient: str = ""
+    words: dict[str, str] = dataclasses.field(default_factory=dict)  # of DICOM
+    frames: int = 1
+    sketch: tuple | None = None  # of a picture: what tells twins
 
 
 @dataclasses.dataclass
@@ -83,6 +124,7 @@ class Listing:
     pictures: list[Picture] = dataclasses.field(default_factory=list)
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    several: int = 0  # pictures of several frames
     meta: dict = dataclasses.field(default_factory=dict)
 
 
@@ -110,65 +152,97 @@ def import_dataset(
         {"format", "name", "out", "counts": {split: {class: n}}, "images", "written", "already_there",
         "skipped": [{"path", "reason"}], "notes": [...]}; ready for JSON.
     Raises:
-        CTError: nothing to import, contradicting labels, a damaged or unsafe archive, a missing zip part,
-            `out` inside `src`, or `out` with other files.
+        CTError: nothing to import, contradicting labels, patients instead of classes, a damaged or unsafe archive, a
+            missing zip part, `out` inside `src`, or `out` with other files.
     """
     src, out = Path(src), Path(out)
     if not src.exists():
         raise CTError(f"no file or folder '{src}'", "a delivery to import", "check the path")
     if out.resolve().is_relative_to(src.resolve()):
         raise CTError(f"'{out}' inside the source '{src}'", "a separate output folder", "give another OUT")
+    if not (np.isfinite(window).all() and window[1] > 0):
+        raise CTError(f"window {window}", "level and width in HU, width above 0", "give for example -600 1500")
     bar = functools.partial(base.progress, unit="file") if progress else lambda items, desc: items
-    with contextlib.ExitStack() as stack:  # archives stay open until the last picture is copied
-        entries = _entries(src, stack)
+    with quiet(), contextlib.ExitStack() as stack:  # archives stay open until the last picture is copied
+        listing = Listing()
+        entries = _entries(src, stack, listing.skipped)
         format = format or _find_format(entries)
         if format == "aihub":
-            listing = _list_aihub(src, entries, bar)
-        elif format == "dicom":
-            listing = _list_dicom(entries, window, bar)
-        elif format == "folder":
-            listing = _list_folder(src, entries, bar)
+            _list_aihub(listing, src, entries, bar)
+        elif format in ("dicom", "folder"):
+            _list_slices(listing, src, entries, window if format == "dicom" else None, bar)
         else:
             raise CTError(f"format '{format}'", "one of aihub, dicom, folder", "give one of these, or none")
-        if not listing.pictures:
-            reasons = "; ".join(sorted(set(listing.skipped.values()))[:3]) or "no files of this kind"
-            found = f"no images to import in '{src}' as format '{format}' ({reasons})"
-            raise CTError(found, "AI Hub's files, DICOM or an image folder", "check the path, or give another --format")
-        return _write(out, format, listing, salt or secrets.token_hex(16), bar)
+        if listing.pictures:
+            return _write(out, format, listing, salt or secrets.token_hex(16), bar)
+        raise _nothing(src, format, listing.skipped)
+
+
+def _nothing(src: Path | str, format: str, skipped: dict[str, str]) -> CTError:
+    reasons = "; ".join(f"{origin}: {reason}" for origin, reason in list(skipped.items())[:3])
+    found = f"no images to import in '{src}' as format '{format}' ({reasons or 'no files of this kind'})"
+    mend = "check the path, or give another --format"
+    return CTError(found, "AI Hub's files, DICOM or an image folder", mend, files=skipped)
 
 
 def _write(out: Path, format: str, listing: Listing, salt: str, bar: Callable) -> dict:
     """Write every picture of the listing that is not there yet, and describe the result."""
     meta = {"name": out.resolve().name, "kind": "real", "format": format, **listing.meta}
-    pictures = listing.pictures
-    _check_names(pictures)
-    _check_out(out, pictures, meta)
-    missing = [picture for picture in pictures if not (out / picture.path).exists()]
+    _check_names(listing.pictures)
+    _check_out(out, listing.pictures, meta)
+    missing = [picture for picture in listing.pictures if not (out / picture.path).exists()]
     if missing:
         base.write_json(out / "dataset.json", {**meta, "complete": False})
+    bad, planned = set(), sorted({(p.split, p.label) for p in listing.pictures})
     for picture in bar(missing, desc="import"):
+        try:
+            content = picture.entry.read()
+            listing.several += not picture.checked and _decoded(content)[1] > 1
+        except BadFile as error:
+            listing.skipped[str(picture.entry.path)] = str(error)
+            bad.add(picture.path)
+            continue
         with base.atomic_path(out / picture.path) as temporary:
-            temporary.write_bytes(picture.entry.read())
-    if format == "dicom":
+            temporary.write_bytes(content)
+    pictures = [picture for picture in listing.pictures if picture.path not in bad]
+    if not pictures:
+        (out / "dataset.json").unlink(missing_ok=True)
+        raise _nothing(out, format, listing.skipped)
+    if any(picture.patient for picture in pictures):
         hashes = [hashlib.sha256((salt + p.patient).encode()).hexdigest()[:16] if p.patient else "" for p in pictures]
         table = pd.DataFrame({"path": [p.path for p in pictures], "patient": hashes})
         with base.atomic_path(out / "patients.csv") as temporary:
             table.to_csv(temporary, index=False, lineterminator="\n")
     found = {split: Counter(p.label for p in pictures if p.split == split) for split in SPLITS}
     counts = {split: dict(sorted(of_split.items())) for split, of_split in found.items() if of_split}
-    end = {"counts": counts, "skipped": len(listing.skipped), "notes": listing.notes, "complete": True}
-    base.write_json(out / "dataset.json", {**meta, **end})
+    several = f"{listing.several} file(s) of several frames: only the first is read"
+    notes = listing.notes + [several] * bool(listing.several)
+    notes += [f"{n} file(s) left out: {reason}" for reason, n in sorted(Counter(listing.skipped.values()).items())]
+    notes += [f"no slice of class '{label}' is left in {split}" for split, label in planned if not found[split][label]]
+    base.write_json(
+        out / "dataset.json",
+        {**meta, "counts": counts, "skipped": len(listing.skipped), "notes": notes, "complete": True},
+    )
     return {
         "format": format,
         "name": meta["name"],
         "out": str(out),
         "counts": counts,
         "images": len(pictures),
-        "written": len(missing),
-        "already_there": len(pictures) - len(missing),
+        "written": len(missing) - len(bad),
+        "already_there": len(listing.pictures) - len(missing),
         "skipped": [{"path": origin, "reason": reason} for origin, reason in listing.skipped.items()],
-        "notes": listing.notes,
+        "notes": notes,
     }
+
+
+def _decoded(content: bytes) -> tuple[Image.Image | None, int]:
+    """Decode a picture: its own grey, None where only its data set can tell the depth; and its number of frames."""
+    with open_picture(io.BytesIO(content)) as image:
+        try:
+            return to_grey(image), getattr(image, "n_frames", 1)
+        except BadFile:
+            return None, getattr(image, "n_frames", 1)
 
 
 def _check_out(out: Path, pictures: list[Picture], meta: dict) -> None:
@@ -191,18 +265,15 @@ def _check_names(pictures: list[Picture]) -> None:
     labels = sorted({picture.label for picture in pictures})
     if len({label.casefold() for label in labels}) < len(labels):
         raise CTError(f"classes {labels}, some differ only by case", "one spelling for each", "rename the folders")
-    seen: dict[str, Picture] = {}
-    for picture in pictures:
-        first = seen.setdefault(picture.path.casefold(), picture)
-        if first is not picture:
-            found = f"two pictures for '{picture.path}': '{first.entry.path}' and '{picture.entry.path}'"
-            raise CTError(found, "one name for one picture in a class, whatever the case", "rename one of them")
+    twice = [path for path, count in Counter(p.path.casefold() for p in pictures).items() if count > 1]
+    if twice:
+        raise CTError(f"two pictures for '{twice[0]}'", "one name for one picture in a class", "rename one of them")
 
 
 def _find_format(entries: list[Entry]) -> str:
     """Tell the format from AI Hub labels, else DICOM files, else it is an image folder."""
     labels = [entry for entry in entries if entry.path.suffix.lower() == ".json"][:5]
-    if any(_parse_label(entry.read()) for entry in labels):
+    if any(_parse_label(entry) for entry in labels):
         return "aihub"
     return "dicom" if any(_is_dicom(entry) for entry in entries) else "folder"
 
@@ -230,26 +301,36 @@ def _split_of(*parts: str) -> str | None:
     return None
 
 
-def _safe_name(name: str, origin: object) -> str:
-    """Return `name` when it can be a file or folder name on every system."""
-    if not name or name.startswith(".") or re.search(r'[<>:"/\\|?*\x00-\x1f\ufffd]', name):
-        raise CTError(f"the name '{name}' in '{origin}'", "a plain file or folder name", "rename it at the source")
+def _class_name(name: str, origin: object) -> str:
+    """Return a class's name when it can be a folder on every system."""
+    name = unicodedata.normalize("NFC", name)
+    if not name or ODD.search(name) or len(name.encode("utf-8", "replace")) > LONGEST:
+        raise CTError(f"the name '{name}' in '{origin}'", "a plain folder name", "rename it at the source")
     return name
 
 
-def _place(entries: list[Entry]) -> tuple[list[tuple[Entry, str | None, str | None]], dict[str, str]]:
+def _file_stem(stem: str) -> str:
+    """Return a file's name without its suffix as every system takes it: odd characters replaced, cut where too long."""
+    plain = re.sub(r'[<>:"/\\|?*\x00-\x1f\ufffd]', "_", stem).strip(". ")
+    plain = f"_{plain}" if ODD.search(plain) or not plain else plain
+    raw = plain.encode("utf-8", "replace")
+    if len(raw) > LONGEST:
+        mark = hashlib.sha256(raw).hexdigest()[:8]
+        plain = f"{raw[: LONGEST - 9].decode('utf-8', 'ignore')}_{mark}"
+    return plain
+
+
+def _place(entries: list[Entry], skipped: dict[str, str]) -> list["Row"]:
     """Find split and class of each file from its folders: `[.../][split/][image/]<class>/.../file`.
 
-    Returns:
-        (file, split or None, class or None) for each file, and the files left out with their reason. Where
-        some file has a split (or a class), those without one are left out.
+    Where some file has a split (or a class), those without one are left out.
     """
     folders = [entry.path.parts[:-1] for entry in entries]
     start = len(os.path.commonprefix(folders))  # depth of the class folders where there is no split
     if start and len(set(folders)) == 1:
         start -= 1  # a single class folder
     names: dict[str, set[str]] = {}
-    placed, skipped = [], {}
+    rows = []
     for entry, parts in zip(entries, folders, strict=True):
         at = next((i for i, part in enumerate(parts) if _split_of(part)), None)
         split = None if at is None else _split_of(parts[at])
@@ -257,66 +338,16 @@ def _place(entries: list[Entry]) -> tuple[list[tuple[Entry, str | None, str | No
         if split:
             names.setdefault(split, set()).add("/".join(parts[: at + 1]))
             below = below[1:] if below and _plain(below[0]) in IMAGE_FOLDERS else below
-        placed.append((entry, split, _safe_name(below[0], entry.path) if below else None))
+        rows.append(Row(entry, split, _class_name(below[0], entry.path) if below else None))
     for split, found in names.items():
         if len(found) > 1:
             several = f"{len(found)} folders for the split '{split}': {sorted(found)}"
             raise CTError(several, "one folder a split", "remove or rename one of them")
-    for which, reason in ((1, "outside the split folders"), (2, "not in a class folder")):
-        if any(row[which] for row in placed):
-            skipped.update({str(row[0].path): reason for row in placed if not row[which]})
-            placed = [row for row in placed if row[which]]
-    return placed, skipped
-
-
-def _assign_splits(labels: list[str], groups: list[str], what: str) -> list[str]:
-    """Split 70/15/15 with a fixed seed, stratified by class; rows of one group stay together.
-
-    Args:
-        labels: class of each row.
-        groups: patient, content hash or file of each row; one with several classes counts for the most frequent.
-        what: name of a group in messages.
-    Returns:
-        the split of each row.
-    """
-    label_of = pd.Series(labels).groupby(groups).agg(lambda found: found.mode()[0])
-    rng = np.random.default_rng(SPLIT_SEED)
-    split_of = {}
-    for label in sorted(set(labels)):
-        members = label_of.index[label_of == label]
-        if len(members) < 3:
-            found = f"{len(members)} {what} of class '{label}' and no split folders"
-            raise CTError(found, "3 of each class or more", "sort the files into train, val and test, or add slices")
-        each = max(1, round(SHARE * len(members)))
-        for place, index in enumerate(rng.permutation(len(members))):
-            split_of[members[index]] = "val" if place < each else "test" if place < 2 * each else "train"
-    return [split_of[group] for group in groups]
-
-
-def _list_folder(src: Path, entries: list[Entry], bar: Callable) -> Listing:
-    """List an image folder; where splits must be drawn, over the pictures that can be read."""
-    listing = Listing(meta={"name": src.resolve().name})
-    if (src / "dataset.json").is_file():  # a synthetic set stays synthetic when it is copied
-        listing.meta |= {k: v for k, v in base.read_json(src / "dataset.json").items() if k in ("name", "kind")}
-    placed, listing.skipped = _place([entry for entry in entries if entry.path.suffix.lower() in IMAGE_SUFFIXES])
-    if placed and placed[0][2] is None:
-        raise CTError(f"pictures without class folders in '{src}'", "<class>/*.png", "sort them into class folders")
-    splits = [split for _, split, _ in placed]
-    if placed and splits[0] is None:
-        copies = {}  # exact copies must not cross splits
-        for entry, _, _ in bar(placed, desc="read pictures"):
-            content = entry.read()
-            try:
-                Image.open(io.BytesIO(content), formats=PICTURE_FORMATS).load()
-                copies[entry] = hashlib.sha256(content).hexdigest()
-            except Exception as error:  # decoders raise many kinds on a damaged file
-                listing.skipped[str(entry.path)] = f"a picture that cannot be read ({error})"
-        placed = [row for row in placed if row[0] in copies]
-        splits = _assign_splits([label for _, _, label in placed], list(copies.values()), "different picture(s)")
-        listing.notes.append(f"no split folders: 70/15/15 by class, seed {SPLIT_SEED}; exact copies kept together")
-    for (entry, _, label), split in zip(placed, splits, strict=True):
-        listing.pictures.append(Picture(split, label, _safe_name(entry.path.name, entry.path), entry))
-    return listing
+    for which, reason in (("split", "outside the split folders"), ("label", "not in a class folder")):
+        if any(getattr(row, which) for row in rows):
+            skipped.update({str(row.entry.path): reason for row in rows if not getattr(row, which)})
+            rows = [row for row in rows if getattr(row, which)]
+    return rows
 
 
 # ---------------------------------------------------------------- archives and AI Hub
@@ -357,7 +388,9 @@ class _Joined(io.RawIOBase):
         return 0
 
 
-def _open_zip(path: str, parts: list[tuple[int, Entry]], stack: contextlib.ExitStack) -> Iterator[Entry]:
+def _open_zip(
+    path: str, parts: list[tuple[int, Entry]], stack: contextlib.ExitStack, skipped: dict[str, str]
+) -> Iterator[Entry]:
     """Open a zip, joined from its parts if there are several, and give its entries."""
     parts = sorted(parts, key=lambda part: part[0])
     numbers, sizes = [number for number, _ in parts], [entry.size for _, entry in parts]
@@ -377,8 +410,11 @@ def _open_zip(path: str, parts: list[tuple[int, Entry]], stack: contextlib.ExitS
             if not info.flag_bits & 0x800:  # not marked as UTF-8: zipfile has read the bytes as cp437
                 with contextlib.suppress(UnicodeEncodeError):
                     name = _decode_name(name.encode("cp437"))
-            if not info.is_dir():
-                yield Entry(_inside(path, name), info.file_size, functools.partial(archive.open, info))
+            inner = _inside(path, name)
+            if info.external_attr >> 16 & 0o170000 == 0o120000:
+                skipped[str(inner)] = "a link"
+            elif not info.is_dir():
+                yield Entry(inner, info.file_size, functools.partial(archive.open, info))
 
 
 def _inside(archive: str, name: str) -> PurePosixPath:
@@ -390,12 +426,27 @@ def _inside(archive: str, name: str) -> PurePosixPath:
     return PurePosixPath(archive, name)
 
 
-def _entries(src: Path, stack: contextlib.ExitStack) -> list[Entry]:
-    """Return every file of a delivery but hidden ones, in a fixed order, looking into tars, zips and zips in tars."""
-    files = [src] if src.is_file() else sorted(path for path in src.rglob("*") if path.is_file())
+def _entries(src: Path, stack: contextlib.ExitStack, skipped: dict[str, str]) -> list[Entry]:
+    """Return every file of a delivery in a fixed order, looking into tars, zips and zips in tars.
+
+    What cannot be one goes to `skipped`: links to nowhere or to folders, hidden files, archives inside archives.
+    """
+
+    def fail(error: OSError):
+        raise error
+
+    if src.is_file():
+        files = [src]
+    else:
+        walk = [(Path(here), folders + names) for here, folders, names in os.walk(src, onerror=fail)]
+        files = sorted(here / name for here, names in walk for name in names)
     found: list[Entry] = []
     for path in files:
         name = _decode_name(os.fsencode(path.relative_to(src if path != src else src.parent).as_posix()))
+        if not path.is_file():
+            if path.is_symlink() or not path.is_dir():
+                skipped[name] = "a link to a folder or to nothing" if path.is_symlink() else "no file"
+            continue
         if path.suffix.lower() != ".tar" or HIDDEN.search(name):
             found.append(Entry(PurePosixPath(name), path.stat().st_size, functools.partial(path.open, "rb")))
             continue
@@ -406,10 +457,13 @@ def _entries(src: Path, stack: contextlib.ExitStack) -> list[Entry]:
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
                     raise tarfile.ReadError(f"damaged at byte {tar.offset}")
-        for member in tar.getmembers():
-            inner = _inside(name, _decode_name(member.name.encode("utf-8", "surrogateescape")))
-            if member.isfile():  # links and devices are nothing to import
-                found.append(Entry(inner, member.size, functools.partial(tar.extractfile, member)))
+            for member in tar.getmembers():
+                inner = _inside(name, _decode_name(member.name.encode("utf-8", "surrogateescape")))
+                if member.isfile() or member.islnk():  # a hard link is its file under a second name
+                    file = tar._find_link_target(member) if member.islnk() else member
+                    found.append(Entry(inner, file.size, functools.partial(tar.extractfile, file)))
+                elif not member.isdir():
+                    skipped[str(inner)] = "a link" if member.issym() else "no file"
     zips: dict[str, list[tuple[int, Entry]]] = {}
     entries = []
     for entry in found:
@@ -421,42 +475,52 @@ def _entries(src: Path, stack: contextlib.ExitStack) -> list[Entry]:
         else:
             entries.append(entry)
     for path, parts in zips.items():
-        entries += _open_zip(path.removesuffix(".part"), parts, stack)
-    return [entry for entry in entries if not HIDDEN.search(str(entry.path))]
+        entries += _open_zip(path.removesuffix(".part"), parts, stack, skipped)
+    entries = [entry for entry in entries if not JUNK.search(str(entry.path))]
+    for entry in entries:
+        if HIDDEN.search(str(entry.path)):
+            skipped[str(entry.path)] = "hidden: its name, or a folder's, begins with a dot"
+        elif entry.path.name.lower().endswith(PACKED):
+            skipped[str(entry.path)] = "an archive inside an archive, or of a kind that is not opened: unpack it"
+    return [entry for entry in entries if str(entry.path) not in skipped]
 
 
-def _parse_label(content: bytes) -> dict | None:
+def _parse_label(entry: Entry) -> dict | None:
     """Read a label file, UTF-8 with or without BOM or cp949; None when it names no 'filename' and 'label'."""
-    for encoding in ("utf-8-sig", "cp949"):
-        with contextlib.suppress(ValueError):  # another encoding, or no JSON
-            label = json.loads(content.decode(encoding))
-            return label if isinstance(label, dict) and {"filename", "label"} <= set(label) else None
+    with contextlib.suppress(BadFile):
+        content = entry.read(most=1 << 20)
+        for encoding in ("utf-8-sig", "cp949"):
+            with contextlib.suppress(ValueError, RecursionError):  # another encoding, or no JSON
+                label = json.loads(content.decode(encoding))
+                return label if isinstance(label, dict) and {"filename", "label"} <= set(label) else None
     return None
 
 
-def _list_aihub(src: Path, entries: list[Entry], bar: Callable) -> Listing:
+def _list_aihub(listing: Listing, src: Path, entries: list[Entry], bar: Callable) -> None:
     """List AI Hub data set 71597: join images and JSON labels by split and file name.
 
     Source: https://aihub.or.kr, data set 71597; layout in the README.
     """
-    listing = Listing(meta={"name": "AI Hub 71597"})
+    listing.meta = {"name": "AI Hub 71597"}
     spelling = {label.casefold(): label for label in AIHUB_CLASSES}
     images: dict[tuple[str, str], Entry] = {}
     labels: dict[tuple[str, str], tuple[str, str]] = {}  # (split, filename) -> class, origin
     for entry in bar(entries, desc="read labels"):
         name, suffix = entry.path.name, entry.path.suffix.lower()
+        if suffix not in (".json", *IMAGE_SUFFIXES):
+            listing.skipped[str(entry.path)] = "neither a picture nor a label"
         if suffix not in (".json", *IMAGE_SUFFIXES) or name == "dataset.json":
             continue
         split = _split_of(*entry.path.parts, src.resolve().name)
         if split is None:
             raise CTError(f"'{entry.path}' outside Training and Validation", "the two folders", "keep their names")
         if suffix != ".json":
-            key = (split, _safe_name(name, entry.path))
+            key = (split, name)
             if images.setdefault(key, entry).size != entry.size:
                 found = f"two different pictures '{name}': '{images[key].path}' and '{entry.path}'"
                 raise CTError(found, "one picture a file name in each split", "remove one of them")
             continue
-        content = _parse_label(entry.read())
+        content = _parse_label(entry)
         if content is None:
             listing.skipped[str(entry.path)] = "not a label: no JSON with 'filename' and 'label'"
             continue
@@ -471,220 +535,214 @@ def _list_aihub(src: Path, entries: list[Entry], bar: Callable) -> Listing:
             raise CTError(found, "one label a picture", "remove the wrong label file")
     for key, entry in images.items():
         if key in labels:
-            listing.pictures.append(Picture(key[0], labels[key][0], key[1], entry))
+            name = _file_stem(entry.path.stem) + entry.path.suffix
+            listing.pictures.append(Picture(key[0], labels[key][0], name, entry))
         else:
             listing.skipped[str(entry.path)] = "image without a label"
     listing.skipped.update({labels[key][1]: "label without an image" for key in labels if key not in images})
-    lost = Counter(listing.skipped.values())
-    listing.notes += [f"{count} file(s) left out: {reason}" for reason, count in sorted(lost.items())]
-    return listing
 
 
-# ---------------------------------------------------------------- DICOM
-
-
-def window_to_grey(hu: np.ndarray, window: tuple[float, float] = LUNG_WINDOW) -> np.ndarray:
-    """Map HU to grey uint8: level - width/2 becomes 0, level + width/2 becomes 255, clipped.
-
-    Raises:
-        CTError: the window's width is not above 0.
-    """
-    level, width = window
-    if not (np.isfinite(window).all() and width > 0):
-        raise CTError(f"window {window}", "level and width in HU, width above 0", "give for example -600 1500")
-    return np.rint(np.clip((hu - (level - width / 2)) / width, 0, 1) * 255).astype(np.uint8)
+# ---------------------------------------------------------------- folders of pictures, and DICOM
 
 
 def _is_dicom(entry: Entry) -> bool:
+    if entry.path.suffix.lower() in (*IMAGE_SUFFIXES, ".json", ".csv", ".txt"):
+        return False
     with _archive_errors(entry.path), entry.open() as file:
-        return file.read(132)[128:] == b"DICM" or entry.path.suffix.lower() in DICOM_SUFFIXES
+        return is_dicom(file.read(132), entry.path.name)
 
 
-def _rescale(dataset, frame: int) -> tuple[float, float]:
-    """Return slope and intercept to HU; enhanced CT keeps them in functional groups, per frame or shared."""
-    groups = [*dataset.get("PerFrameFunctionalGroupsSequence", [])[frame : frame + 1]]
-    groups += dataset.get("SharedFunctionalGroupsSequence", [])
-    holders = [holder for group in groups for holder in group.get("PixelValueTransformationSequence", [])]
-    slope, intercept = ((holders or [dataset])[0].get(key) for key in ("RescaleSlope", "RescaleIntercept"))
-    return 1.0 if slope is None else float(slope), 0.0 if intercept is None else float(intercept)
-
-
-def dicom_to_uint8(source, window: tuple[float, float] = LUNG_WINDOW) -> np.ndarray:
-    """Read a CT image as grey levels in a HU window.
-
-    MONOCHROME1 (low values shown white) is inverted. Padding outside the scanned circle becomes air,
-    and so does whatever is below -1024 HU. Old files without the "DICM" mark are implicit little endian.
-
-    Args:
-        source: path of a DICOM file, or a pydicom Dataset.
-        window: level and width in HU.
-    Returns:
-        uint8 (frames, H, W).
-    Raises:
-        CTError: no CT slice, not a grey picture, or it cannot be read and decoded.
-    Source: DICOM PS3.3, C.7.6.3 (Image Pixel), C.7.5.1.1.2 (pixel padding), C.11.1 (Modality LUT).
-    """
-    return _read_dicom(source, source if isinstance(source, str | Path) else "the dataset", window)[1]
-
-
-def _read_dicom(source, name: object, window: tuple[float, float]) -> tuple[dict[str, str], np.ndarray]:
-    """Read the header's words about the patient, and the grey levels (see `dicom_to_uint8`)."""
-    import pydicom
-
+def _read_labels(table: Entry, entries: list[Entry], skipped: dict[str, str]) -> list[Row]:
+    """Read `labels.csv`; a row's path is a file or a folder, whose files all get its class."""
+    mend = f"write {LABELS_CSV}"
+    home, rows = table.path.parent, {}  # path below the table's folder -> split, class, patient
+    below = {str(e.path.relative_to(home)): e for e in entries if e.path.is_relative_to(home)}
+    known = {str(path) for name in below for path in (PurePosixPath(name), *PurePosixPath(name).parents)}
     try:
-        dataset = source if isinstance(source, pydicom.Dataset) else pydicom.dcmread(source, force=True)
-        if "TransferSyntaxUID" not in dataset.file_meta:
-            dataset.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
-        words = {key: str(dataset.get(key) or "").strip() for key in (*PATIENT_KEYS, "PatientName")}
-        modality, photometric = dataset.get("Modality") or "CT", dataset.get("PhotometricInterpretation")
-        if "PixelData" not in dataset or modality != "CT" or "LOCALIZER" in (dataset.get("ImageType") or []):
-            found = f"no CT slice in '{name}' (modality {modality}; no picture or a scout view?)"
-            raise CTError(found, "an axial CT slice", "leave it out")
-        if photometric not in ("MONOCHROME1", "MONOCHROME2"):
-            raise CTError(f"'{name}' with '{photometric}' pixels", "a grey CT picture", "leave it out")
-        return words, _to_grey(dataset, window, photometric)
-    except CTError:
-        raise
-    except Exception as error:  # pydicom raises many kinds on a damaged file, and its codecs more
-        found = f"'{name}', which cannot be decoded as DICOM ({' '.join(str(error).split())})"
-        mend = "copy it again; install pylibjpeg[all], or convert the file to uncompressed DICOM"
-        raise CTError(found, "a whole CT slice, uncompressed, RLE or otherwise decodable", mend) from error
-
-
-def _to_grey(dataset, window: tuple[float, float], photometric: str) -> np.ndarray:
-    raw = dataset.pixel_array
-    raw = raw[None] if raw.ndim == 2 else raw
-    padding = [dataset.get(key) for key in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
-    if padding[0] is not None:  # signed values are often stored as unsigned: 63536 means -2000
-        limits = [int(value) for value in padding if value is not None]
-        top = 1 << int(dataset.BitsAllocated)
-        if dataset.PixelRepresentation:
-            limits = [value - top if value >= top // 2 else value for value in limits]
-    grey = np.empty(raw.shape, np.uint8)
-    for index, frame in enumerate(raw):  # one at a time, so that only one is held as float
-        slope, intercept = _rescale(dataset, index)
-        hu = frame * np.float32(slope) + np.float32(intercept)
-        # Some files fill the corners with -2048 and do not say so: black corners would betray the scanner.
-        grey[index] = window_to_grey(np.maximum(hu, AIR_HU), window)
-        if photometric == "MONOCHROME1":
-            grey[index] = 255 - grey[index]
-        if padding[0] is not None:
-            outside = (frame >= min(limits)) & (frame <= max(limits))
-            grey[index][outside] = window_to_grey(np.array(AIR_HU), window)
-    return grey
-
-
-def _read_labels(entries: dict[str, Entry]) -> list[tuple[Entry, str | None, str]]:
-    """Read `labels.csv` (path, class, and split if wanted) as rows of (file, split or None, class)."""
-    mend = "write labels.csv as UTF-8 with the columns path,class or path,class,split"
-    rows: dict[str, tuple[Entry, str | None, str]] = {}
-    try:
-        content = io.BytesIO(entries["labels.csv"].read())
-        table = pd.read_csv(content, dtype=str, encoding="utf-8-sig", na_filter=False).fillna("")
+        content = read_table(table.read())
     except ValueError as error:
         raise CTError(f"labels.csv that cannot be read ({error})", "a CSV file", mend) from error
-    for row in table.to_dict("records"):
-        path = unicodedata.normalize("NFC", (row.get("path") or "").replace("\\", "/")).removeprefix("./")
-        label, split = (row.get("class") or "").strip(), (row.get("split") or "").strip()
-        if path not in entries:
-            raise CTError(f"path '{row.get('path')}' in labels.csv", "a file below the same folder", mend)
+    lower = {name.strip().lower(): name for name in reversed(content.columns)}
+    names = {"path": PATH_COLUMNS, "class": ("class", "label"), "split": ("split",), "patient": PATIENT_COLUMNS}
+    columns = {key: next((lower[name] for name in some if name in lower), None) for key, some in names.items()}
+    if not (columns["path"] and columns["class"]):
+        raise CTError(f"labels.csv with the columns {', '.join(content)}", "path and class", mend)
+    for row in content.to_dict("records"):
+        path, label, split, patient = (row[columns[key]].strip() if columns[key] else "" for key in names)
+        path = unicodedata.normalize("NFC", path.replace("\\", "/")).removeprefix("./").rstrip("/")
+        if path not in known:
+            raise CTError(f"path '{path}' in labels.csv", "a slice, or a folder of some, below the same folder", mend)
         if split and not _split_of(split):
             raise CTError(f"split '{split}' in labels.csv", "train, val or test", mend)
-        new = (entries[path], _split_of(split), _safe_name(label, "labels.csv"))
+        new = (_split_of(split), _class_name(label, "labels.csv"), patient)
         if rows.setdefault(path, new) != new:
             raise CTError(f"two labels for '{path}' in labels.csv", "one row a file", mend)
-    if len({row[1] is None for row in rows.values()}) > 1:
+    if len({row[0] is None for row in rows.values()}) > 1:
         raise CTError("rows with and without a split in labels.csv", "a split in all rows or in none", mend)
-    return list(rows.values())
+    placed = []
+    for name, entry in below.items():
+        told = [rows[str(p)] for p in (PurePosixPath(name), *PurePosixPath(name).parents) if str(p) in rows]
+        placed += [Row(entry, *told[0])] if told else []
+    listed = {row.entry for row in placed}
+    skipped.update({str(entry.path): "not in labels.csv" for entry in entries if entry not in listed})
+    return placed
 
 
-def _list_dicom(entries: list[Entry], window: tuple[float, float], bar: Callable) -> Listing:
-    """List the conversion of DICOM slices to 8-bit grey PNG.
+def _find_rows(listing: Listing, src: Path, entries: list[Entry], dicom: bool) -> list[Row]:
+    """Return the files of this kind with split, class and patient as folders and tables tell them."""
+    mine = [e for e in entries if (_is_dicom(e) if dicom else e.path.suffix.lower() in IMAGE_SUFFIXES)]
+    for entry in (entry for entry in entries if entry not in set(mine)):
+        other = "a DICOM file" if not dicom and _is_dicom(entry) else "neither DICOM nor a picture by its name"
+        other = "a picture" if dicom and entry.path.suffix.lower() in IMAGE_SUFFIXES else other
+        if str(entry.path) not in TABLES:
+            listing.skipped[str(entry.path)] = (
+                other if "neither" in other else f"{other} (--format takes the other kind)"
+            )
+    tables = [entry for entry in entries if entry.path.name == "labels.csv"]
+    rows = _read_labels(tables[0], mine, listing.skipped) if tables else _place(mine, listing.skipped)
+    labels = sorted({row.label for row in rows if row.label})
+    if not tables and are_patients(labels):
+        found = f"{len(labels)} folders that look like patients ({', '.join(labels[:3])}, ...), not classes, in '{src}'"
+        raise CTError(found, "one folder a class", f"write {LABELS_CSV}, and put it into the folder")
+    if rows and not dicom and rows[0].label is None:
+        found = f"pictures without class folders in '{src}'"
+        raise CTError(found, "<class>/*.png", f"sort them into class folders, or write {LABELS_CSV}")
+    if src.is_dir():
+        known = read_patients(src, pd.Series([str(row.entry.path) for row in rows], dtype=str))[0]
+        for row, patient in zip(rows, known, strict=True):
+            row.patient = row.patient or patient
+    return rows
 
-    Every slice is decoded here once: what cannot be read must be known before splits are drawn.
+
+def _list_slices(
+    listing: Listing, src: Path, entries: list[Entry], window: tuple[float, float] | None, bar: Callable
+) -> None:
+    """List an image folder, or with a window the conversion of DICOM slices to 8-bit grey PNG.
+
+    What is to be split is decoded here: what cannot be read must be known before. So is all DICOM.
     """
-    window_to_grey(np.array(AIR_HU), window)  # a wrong window shows before anything is read
-    listing = Listing(meta={"window": {"level": window[0], "width": window[1], "unit": "HU"}})
-    by_path = {str(entry.path): entry for entry in entries}
-    dicoms = [entry for entry in entries if _is_dicom(entry)]
-    if "labels.csv" in by_path:
-        placed = _read_labels(by_path)
-        listed = {entry for entry, _, _ in placed}
-        listing.skipped = {str(entry.path): "not in labels.csv" for entry in dicoms if entry not in listed}
-    else:
-        placed, listing.skipped = _place(dicoms)
+    listing.meta = {"name": src.resolve().name}
+    if window:
+        listing.meta = {"window": {"level": window[0], "width": window[1], "unit": "HU"}}
+    elif (src / "dataset.json").is_file():  # a synthetic set stays synthetic when it is copied
+        listing.meta |= {k: v for k, v in base.read_json(src / "dataset.json").items() if k in ("name", "kind")}
 
     @functools.lru_cache(maxsize=1)  # all frames of a file are read once
-    def read(entry: Entry) -> tuple[dict[str, str], np.ndarray]:
-        with entry.open() as file:
-            return _read_dicom(file, entry.path, window)
+    def read(entry: Entry) -> tuple[np.ndarray, dict[str, str]]:
+        return read_dicom(entry.read(), window)
 
     def convert(entry: Entry, frame: int) -> io.BytesIO:
-        Image.fromarray(read(entry)[1][frame]).save(file := io.BytesIO(), format="PNG")
+        Image.fromarray(read(entry)[0][frame]).save(file := io.BytesIO(), format="PNG")
         return io.BytesIO(file.getvalue())
 
-    rows = []  # (file, split, class, header's words, number of frames)
-    for entry, split, label in bar(placed, desc="read slices"):
+    found, rows = _find_rows(listing, src, entries, bool(window)), []
+    draw = bool(found) and found[0].split is None and found[0].label is not None
+    for row in bar(found, desc="read slices") if window or draw else ():
         try:
-            words, frames = read(entry)
-            rows.append((entry, split, label or UNLABELLED, words, len(frames)))
-        except CTError as error:
-            listing.skipped[str(entry.path)] = str(error)
-    splits = [split or "train" for _, split, _, _, _ in rows]
-    patients, key = _tell_patients(rows)
-    if placed and placed[0][2] is None:
+            if window:
+                frames, row.words = read(row.entry)
+                grey, row.frames = Image.fromarray(frames[0]), len(frames)
+            else:
+                grey, several = _decoded(row.entry.read())
+                listing.several += several > 1
+            row.sketch = _sketch(grey) if draw and grey and not row.patient else None
+            rows.append(row)
+        except (BadFile, CTError) as error:
+            listing.skipped[str(row.entry.path)] = str(error)
+    rows = rows if window or draw else found
+    key = _tell_patients(rows)
+    splits = [row.split or "train" for row in rows]
+    if window and found and found[0].label is None:
         listing.notes.append(f"no class folders and no labels.csv: every slice is of class '{UNLABELLED}'")
-    elif rows and rows[0][1] is None:
-        what = "patient" if key else "slice"
-        groups = [patient or str(row[0].path) for patient, row in zip(patients, rows, strict=True)]
-        splits = _assign_splits([row[2] for row in rows], groups, f"{what}(s)")
-        listing.notes.append(f"no split folders: {what}s split 70/15/15 by class, seed {SPLIT_SEED}")
-    if key not in ("", "PatientID"):
-        listing.notes.append(f"PatientID is empty or one for all: what has one {key} counts as one patient")
-    if unknown := patients.count(""):
+    elif rows and draw:
+        splits = _draw(listing, rows, key)
+    if key not in ("", "PatientID", "table"):
+        listing.notes.append(f"no ID tells the patients apart: what has one {key} counts as one patient")
+    unknown = sum(not row.patient for row in rows)
+    if unknown and (window or draw):
         said = "slices of one patient can stand in several splits, and scores will be too good"
         listing.notes.append(f"no ID, study, series or folder tells the patients of {unknown} file(s) apart: {said}")
-    in_splits = Counter(patient for patient, _ in set(zip(patients, splits, strict=True)) if patient)
+    in_splits = Counter(
+        patient for patient, _ in {(r.patient, s) for r, s in zip(rows, splits, strict=True)} if patient
+    )
     if shared := sum(number > 1 for number in in_splits.values()):
         listing.notes.append(f"{shared} patient(s) have slices in several splits: scores will be too good")
 
     taken: set[str] = set()
-    for number, (row, split, patient) in enumerate(zip(rows, splits, patients, strict=True)):
-        entry, _, label, words, frames = row
-        if _names_patient(label, words):
-            raise CTError(f"class folder '{label}' named after a patient", "class names", "write a labels.csv")
-        stem = entry.path.stem if entry.path.suffix.lower() in DICOM_SUFFIXES else entry.path.name
-        stem = f"slice_{number:05d}" if _names_patient(stem, words) else _safe_name(stem, entry.path)
-        if f"{split}/{label}/{stem}".casefold() in taken:  # series often number their slices alike
+    for number, (row, split) in enumerate(zip(rows, splits, strict=True)):
+        entry, label = row.entry, row.label or UNLABELLED
+        if _names_patient(label, row.words):
+            raise CTError(f"class folder '{label}' named after a patient", "class names", f"write {LABELS_CSV}")
+        known = entry.path.suffix.lower() in (*IMAGE_SUFFIXES, *DICOM_SUFFIXES)
+        stem, suffix = entry.path.stem if known else entry.path.name, ".png" if window else entry.path.suffix
+        stem = f"slice_{number:05d}" if _names_patient(stem, row.words) else _file_stem(stem)
+        if f"{split}/{label}/{stem}{suffix}".casefold() in taken:  # series often number their slices alike
             stem = f"{stem}_{number:05d}"
-        taken.add(f"{split}/{label}/{stem}".casefold())
-        for frame in range(frames):
-            name = f"{stem}_f{frame + 1:03d}.png" if frames > 1 else f"{stem}.png"
-            png = Entry(entry.path, 0, functools.partial(convert, entry, frame))
-            listing.pictures.append(Picture(split, label, name, png, patient))
-    return listing
+        taken.add(f"{split}/{label}/{stem}{suffix}".casefold())
+        for frame in range(row.frames):
+            name = f"{stem}_f{frame + 1:03d}{suffix}" if row.frames > 1 else f"{stem}{suffix}"
+            one = Entry(entry.path, 0, functools.partial(convert, entry, frame)) if window else entry
+            listing.pictures.append(Picture(split, label, name, one, row.patient, checked=bool(window) or draw))
 
 
-def _tell_patients(rows: list[tuple]) -> tuple[list[str], str]:
-    """Tell patients apart by the first of PATIENT_KEYS that is not one for all, else by the folder.
+def _sketch(grey: Image.Image) -> tuple:
+    from ctutils.audit import sketch
+
+    return sketch(grey)
+
+
+def _draw(listing: Listing, rows: list[Row], key: str) -> list[str]:
+    """Draw the splits of rows that have a class: patients stay together, and near twins of unknown patients."""
+    groups, unknown = [row.patient for row in rows], [at for at, row in enumerate(rows) if not row.patient]
+    if unknown:
+        from ctutils.audit import group_sketches
+
+        for at, number in zip(unknown, group_sketches([rows[at].sketch for at in unknown]), strict=True):
+            groups[at] = f"twins {number}"
+    labels = [row.label for row in rows]
+    each = pd.DataFrame({"label": labels, "group": groups}).groupby("label")["group"].nunique()
+    if key and len(each) > 2 and each.max() == 1:
+        found = f"{len(each)} class folders of one patient each ({', '.join(each.index[:3])}, ...)"
+        raise CTError(found, "classes, each of several patients", f"write {LABELS_CSV}, and put it into the folder")
+    splits = share_out(labels, groups, {"train": 1 - 2 * SHARE, "val": SHARE, "test": SHARE})
+    by = "patients" if key else "slices"
+    twins = ", near twins kept together" if unknown else ""
+    listing.notes.append(f"no split folders: {by} split 70/15/15 by class, seed {SPLIT_SEED}{twins}")
+    return splits
+
+
+def _tell_patients(rows: list[Row]) -> str:
+    """Set `patient` of each row: from a table, else by the first of PATIENT_KEYS that tells patients apart, else the
+    folder; "" where nothing does.
 
     Returns:
-        what names each row's patient, "" where nothing does, and the key that was used, "" where none was.
+        what was used: "table", a key, "folder" or "".
     """
+    if any(row.patient for row in rows):
+        return "table"
+    told = {key: {row.words.get(key, "") for row in rows} - {""} for key in PATIENT_KEYS}
     for place, key in enumerate(PATIENT_KEYS):
-        if len({row[3][key] for row in rows} - {""}) > 1:
-            return [next((row[3][k] for k in PATIENT_KEYS[place:] if row[3][k]), "") for row in rows], key
-    folders = [row[0].path.parts[:-1] for row in rows]
-    kinds = {(row[1], row[2]) for row in rows}  # a folder that only names split and class tells no patient
+        later = any(1 < len(told[other]) < len(rows) for other in PATIENT_KEYS[place + 1 :])
+        if len(told[key]) > 1 and not (len(told[key]) == len(rows) and later):  # one ID a file is none
+            for row in rows:
+                row.patient = next((row.words[k] for k in PATIENT_KEYS[place:] if row.words.get(k)), "")
+            return key
+    folders = [row.entry.path.parts[:-1] for row in rows]
+    kinds = {(row.split, row.label) for row in rows}  # a folder that only names split and class tells no patient
     for depth in range(1, 1 + max(map(len, folders), default=0)):
-        names = ["/".join(parts[:depth]) for parts in folders]
-        if len({(row[1], row[2], name) for row, name in zip(rows, names, strict=True)}) > len(kinds):
-            return names, "folder"
-    return [""] * len(rows), ""
+        names = ["/".join(parts[:depth]) if len(parts) >= depth else "" for parts in folders]
+        found = {(row.split, row.label, name) for row, name in zip(rows, names, strict=True) if name}
+        if len(found) > len(kinds):
+            if min(Counter((split, label) for split, label, _ in found).values()) < 3 and rows[0].split is None:
+                return ""  # too few to be patients
+            for row, name in zip(rows, names, strict=True):
+                row.patient = name
+            return "folder"
+    return ""
 
 
 def _names_patient(text: str, words: dict[str, str]) -> bool:
     """Tell whether a file or class name gives away the patient's ID or name."""
-    names = [words["PatientID"], *re.split(r"[\^= ]+", words["PatientName"])]
+    names = [words.get("PatientID", ""), *re.split(r"[\^= ]+", words.get("PatientName", ""))]
     plain = [re.sub(r"[\W_]+", "", name).casefold() for name in (text, *names)]
     return any(len(name) > 2 and name in plain[0] for name in plain[1:])

@@ -41,8 +41,16 @@ class Plan:
     epochs: int | None = _option(None, "default: the profile's, 10", int, least=1)
     weights: str | None = _option(None, "auto, imagenet, random or a folder of weight files (default: CT_WEIGHTS)", str)
     optimizer: str = _option("adam", "the optimizer", str, choices=OPTIMIZERS)
-    lr: float | str = _option(1e-3, "learning rate, or range: by an LR range test", float, above=0, words=("range",))
-    scheduler: str = _option("step", "step is the deck's", str, choices=SCHEDULERS)
+    lr: float | str | None = _option(
+        None,
+        "learning rate, or range: by an LR range test (default: 0.001; with layers that learn the backbone's own)",
+        float,
+        above=0,
+        words=("range",),
+    )
+    scheduler: str | None = _option(
+        None, "default: step, the deck's; with layers that learn onecycle", str, choices=SCHEDULERS
+    )
     patience: int | None = _option(None, "stop after so many epochs without a better validation score", int, least=1)
     batch_size: int | None = _option(None, "default: the profile's, 16", int, least=1)
     at_once: int | None = _option(
@@ -90,7 +98,9 @@ class Plan:
         most=0.9999,
     )
     augment: tuple[str, ...] = _option((), "random changes, each picture anew in every epoch", tuple, of=AUGMENTATIONS)
-    views: int = _option(0, "cache the features of so many changed copies instead", int, least=0, most=1000)
+    views: int = _option(
+        0, "cache the features of so many changed copies instead, and of the slice as it is", int, least=0, most=1000
+    )
     balance: str = _option("none", "rare classes: weights in the loss, or a sampler", str, choices=BALANCES)
     imbalance: float | None = _option(
         None, "make classes rarer, the last so many times; 1 makes all equal", float, least=1
@@ -138,7 +148,9 @@ class Plan:
         """Return the plan with the settings' values where it says None."""
         profile = settings.profile
         usual = {"epochs": profile.epochs, "batch_size": profile.batch_size, "size": profile.image_size}
-        usual["weights"] = settings.weights
+        frozen = self.unfreeze == "none"
+        usual |= {"weights": settings.weights, "scheduler": "step" if frozen else "onecycle"}
+        usual["lr"] = 0.001 if frozen else BACKBONES[self.backbone].unfrozen_lr
         return dataclasses.replace(self, **{k: v for k, v in usual.items() if getattr(self, k) is None})
 
     def to_json(self) -> dict:

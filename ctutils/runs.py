@@ -21,6 +21,7 @@ import pandas as pd
 from filelock import FileLock, Timeout
 
 from ctutils.base import CTError, read_json, write_json
+from ctutils.pictures import DEPTHS
 from ctutils.plan import Plan
 
 SCORES = ("loss", "accuracy", "macro_f1")
@@ -125,8 +126,12 @@ def claim(folder: str | Path):
         raise CTError(f"the record '{folder.name}' held by another run", "one run at a time", mend) from error
 
 
-def check_replaceable(folder: str | Path) -> None:
-    """Raise CTError unless a record may be written here: a record replaces only what a record consists of."""
+def check_replaceable(folder: str | Path, fingerprint: str | None = None) -> None:
+    """Raise CTError unless a record may be written here: a record replaces only what a record consists of.
+
+    Args:
+        fingerprint: of the new record's slices, if it may replace a record of the same slices only.
+    """
     folder = Path(folder)
     held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name] * folder.exists()
     known = (*RECORD_FILES, ".DS_Store", ".ipynb_checkpoints", "Thumbs.db")  # the last three come by themselves
@@ -136,6 +141,18 @@ def check_replaceable(folder: str | Path) -> None:
             "a new folder or an older record",
             "choose another folder for the record; this one was left as it was",
         )
+    if fingerprint and "run.json" in held:
+        try:
+            data = load_run(folder).record["data"]
+        except CTError:  # damaged: nothing to keep
+            return
+        if data["fingerprint"] != fingerprint:
+            found = (
+                f"the record '{folder.name}' of other slices (of '{data['name']}', or the same folder before a change)"
+            )
+            raise CTError(
+                found, "a new name, or a record of the same slices", "give another --out, or remove the record"
+            )
 
 
 def save_run(
@@ -279,6 +296,11 @@ def _check_record(record: dict, where: str) -> Plan:
                 pass
             case _:
                 wrong.append("data.window")
+        match {"depth": "", "notes": [], **record["data"]}:  # records of older versions have neither
+            case {"depth": str(depth), "notes": list(notes)} if all(isinstance(note, str) for note in notes):
+                wrong += ["data.depth"] * (depth not in ("", *DEPTHS))
+            case _:
+                wrong.append("data.depth, data.notes")
     if wrong:
         raise CTError(f"{where} without a right {', '.join(wrong)}", "the keys of a run record", "train it again")
     try:

@@ -47,6 +47,10 @@ class Sweep:
         """Return the folder of its records, `data/runs/<profile>/<plan>/`."""
         return settings.runs_dir / self.name
 
+    def reference(self, settings: Settings) -> Path:
+        """Return the folder of the records that come with the course: of its own slices, in profile standard."""
+        return settings.runs_dir.parent.parent / "reference_runs" / settings.runs_dir.name / self.name
+
     def groups(self) -> dict[tuple[str, str], list[Job]]:
         """Return the jobs of each (setting, backbone), one a seed, in the plan's order."""
         groups: dict[tuple[str, str], list[Job]] = {}
@@ -57,16 +61,17 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What `run_sweep` did: names of runs, and for each failed one its message."""
+    """What `run_sweep` did: names of runs, for each failed one its message, and what there is to say of a live one."""
 
     done: tuple[str, ...]
     skipped: tuple[str, ...]
     failed: dict[str, str]
     seconds: float
+    live: str = ""
 
     def __str__(self) -> str:
         here = len(self.done) + len(self.skipped)
-        lines = [f"{here} of {here + len(self.failed)} runs are done"]
+        lines = [self.live] if self.live else [f"{here} of {here + len(self.failed)} runs are done"]
         return "\n".join(lines + [f"failed: {name}: {message}" for name, message in self.failed.items()])
 
 
@@ -178,6 +183,7 @@ def run_sweep(
     settings: Settings,
     *,
     index: int | None = None,
+    live: str | None = None,
     keep_weights: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Outcome:
@@ -189,6 +195,8 @@ def run_sweep(
 
     Args:
         index: only this job of `sweep.jobs`, from 0: for a job array.
+        live: a setting; where the course brings records of this sweep, only the first run of this setting is made,
+            and compared with its record there. `make sweeps` makes all.
         keep_weights: store the trained weights, too.
         say: where a line a run goes.
     Raises:
@@ -199,6 +207,9 @@ def run_sweep(
 
     if index is not None and not 0 <= index < len(sweep.jobs):
         raise CTError(f"index {index}", f"0 to {len(sweep.jobs) - 1}", "see --list")
+    reference = live and sweep.reference(settings)
+    if reference and reference.is_dir():
+        index = next(index for index, job in enumerate(sweep.jobs) if job.setting == live)
     jobs = sweep.jobs if index is None else sweep.jobs[index : index + 1]
     start, folder = time.perf_counter(), sweep.folder(settings)
     done, skipped, failed, prints = [], [], {}, {}
@@ -238,7 +249,21 @@ def run_sweep(
                 write_json(message, {"run": job.name, "error": failed[job.name], "type": type(error).__name__})
                 say(f"{job.name} failed: {failed[job.name]}")
             bar.update()
-    return Outcome(tuple(done), tuple(skipped), failed, time.perf_counter() - start)
+    said = _compared(folder, reference, jobs[0], len(sweep.jobs)) if reference and len(jobs) == 1 and not failed else ""
+    return Outcome(tuple(done), tuple(skipped), failed, time.perf_counter() - start, said)
+
+
+def _compared(folder: Path, reference: Path, job: Job, count: int) -> str:
+    """Say how a run made here agrees with the record of it that comes with the course."""
+    text = f"1 of {count} runs was made here, the others are read from the course's records (make sweeps makes all)."
+    try:
+        pair = [load_run(place / job.name) for place in (folder, reference)]
+    except CTError as error:
+        return f"{text}\n{error}"
+    scores = [run.record["scores"]["val"]["macro_f1"] for run in pair]
+    here, there = (run.y_score("val").argmax(1) for run in pair)
+    same = f"the same class for {(here == there).sum()} of {len(here)} slices" if len(here) == len(there) else "others"
+    return f"{text}\n{job.name}: validation macro F1 {scores[0]:.3f} here, {scores[1]:.3f} in the records; {same}"
 
 
 def sweep_status(sweep: Sweep, settings: Settings) -> pd.DataFrame:
@@ -285,15 +310,16 @@ def _changes(out: Path, wanted: dict) -> tuple[Run | None, list[str]]:
 
 
 def load_sweep(sweep: Sweep, settings: Settings) -> dict[tuple[str, str], list[Run]]:
-    """Return the records of each (setting, backbone), one a seed.
+    """Return the records of each (setting, backbone), one per seed: made here, else those that come with the course.
 
     A group with a record that is missing, unfinished or of an older plan is left out.
     """
     found = {}
     for key, jobs in sweep.groups().items():
-        states = [_changes(sweep.folder(settings) / job.name, _identity(job.plan, settings)) for job in jobs]
-        if not any(changes for _, changes in states):
-            found[key] = [run for run, _ in states]
+        for folder in (sweep.folder(settings), sweep.reference(settings)):
+            states = [_changes(folder / job.name, _identity(job.plan, settings)) for job in jobs]
+            if key not in found and not any(changes for _, changes in states):
+                found[key] = [run for run, _ in states]
     return found
 
 

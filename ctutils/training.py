@@ -36,6 +36,7 @@ class TrainResult:
     best_epoch: int = 0  # the first of the highest validation macro F1, from 1; 0 when no epoch was finished
     best_score: float = float("nan")  # that macro F1
     interrupted: bool = False  # Ctrl-C ended the training early
+    diverged: str = ""  # after a good epoch: the message that names the epoch whose loss is not a number
 
     def history_table(self):
         """Return the history as a pandas DataFrame, one row an epoch."""
@@ -92,10 +93,11 @@ def train_model(
         resume: go on from `checkpoint` if it is there.
         patience: stop when the validation macro F1 has not risen for so many epochs (early stopping).
     Returns:
-        TrainResult; `result.model` is `model` with the best weights, also after Ctrl-C.
+        TrainResult; `result.model` is `model` with the best weights, also after Ctrl-C and after a loss that is not
+        a number.
     Raises:
         CTError: no trainable parameter, none of them in the optimizer, an empty loader, a loss that is not a
-            number (`Diverged`; the model then holds the best weights so far), a checkpoint of another run.
+            number in the first epoch (`Diverged`), a checkpoint of another run.
     Source: notebook 02, section 5.
     """
     check_trainable(model, optimizer, loaders)
@@ -149,6 +151,10 @@ def train_model(
                 save_checkpoint(checkpoint, result, optimizer, scheduler, seed, best_weights)
     except KeyboardInterrupt:
         result.interrupted = True
+    except Diverged as error:
+        if not result.history:
+            raise
+        result.diverged = str(error)
     finally:
         bar.close()
         model.load_state_dict(best_weights, strict=False)

@@ -73,7 +73,7 @@ def clean(notebook: nbformat.NotebookNode) -> None:
         }
     )
     for cell in notebook.cells:
-        cell.metadata = {key: cell.metadata[key] for key in ("tags", "slideshow") if key in cell.metadata}
+        cell.metadata = {key: cell.metadata[key] for key in ("tags", "slideshow", "jupyter") if key in cell.metadata}
         if cell.cell_type == "code":
             cell.outputs = [
                 output
@@ -237,7 +237,8 @@ def publish() -> None:
     """
     source = get_settings().runs_dir
     target = ROOT / "data" / "reference_runs" / source.name
-    shutil.rmtree(target, ignore_errors=True)
+    for record in target.glob("*/run.json"):  # those of sweeps stand a folder deeper: `make sweeps` renews them
+        shutil.rmtree(record.parent)
     copy_records(source, target)
     shutil.copyfile(EXECUTED / "timings.json", target / "timings.json")
     shutil.copyfile(source / YARDSTICKS, target / YARDSTICKS)
@@ -265,13 +266,12 @@ def replace_between(path: Path, begin: str, end: str, text: str) -> None:
 
 
 def copy_records(source: Path, target: Path) -> None:
-    """Copy the records that the notebooks made, those of their sweeps in a folder each, without their weights."""
-    for pattern in ("[0-9][0-9]_*/run.json", "[0-9][0-9]_*/[!.]*/run.json"):
-        for record in sorted(source.glob(pattern)):
-            copy = target / record.parent.relative_to(source)
-            copy.mkdir(parents=True)
-            for name in ("run.json", "history.csv", "predictions.csv"):
-                shutil.copyfile(record.with_name(name), copy / name)
+    """Copy the records that the notebooks made, without their weights."""
+    for record in sorted(source.glob("[0-9][0-9]_*/run.json")):
+        copy = target / record.parent.name
+        copy.mkdir(parents=True)
+        for name in ("run.json", "history.csv", "predictions.csv"):
+            shutil.copyfile(record.with_name(name), copy / name)
 
 
 def prepare_data() -> str:

@@ -95,7 +95,7 @@ def loaders(train: int = 22, val: int = 11, batch_size: int = 4, **options) -> d
 def user_error(*words: str):
     """Expect one CTError whose message says found, expected, how to mend, and holds `words` (in any case)."""
     with pytest.raises(CTError) as caught:
-        yield
+        yield caught
     check_message(str(caught.value), *words)
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 from helpers import CLASSES, REAL_CT, check_message, files_below, needs_real_ct, write_set
 from test_experiment import BN, stop_in_epoch, tiny_networks  # noqa: F401
 
-from ctutils import cli, config, experiment
+from ctutils import cli, config, experiment, weights
 from ctutils.plan import Plan
 from ctutils.registry import BACKBONES
 from ctutils.runs import load_run
@@ -114,8 +115,18 @@ def test_every_field_of_a_plan_is_an_option_of_train(call, monkeypatch, tmp_path
     given = {
         **{"backbone": "vgg16", "data": tmp_path, "test_data": tmp_path / "t", "epochs": 3, "weights": "random"},
         **{"optimizer": "sgd", "lr": 0.01, "scheduler": "cosine", "patience": 4, "batch_size": 5, "at_once": 2},
-        **{"size": 96, "bn": "train", "discriminative": 0.3, "unfreeze": "all", "augment": ("rotate", "flip")},
+        **{
+            "size": 96,
+            "bn": "train",
+            "discriminative": 0.3,
+            "unfreeze": "all",
+            "augment": ("rotate", "flip"),
+            "start_size": 64,
+            "ema": 0.9,
+            "label_smoothing": 0.1,
+        },
         **{"balance": "loss", "imbalance": 2.0, "precision": "float32", "seed": 7},
+        **{"start_size": 64, "label_smoothing": 0.1, "ema": 0.9},
     }
     rest = {"standardise": False, "augment": ("flip",), "views": 2, "lr": "range"}
     assert given.keys() | rest.keys() == {field.name for field in dataclasses.fields(Plan)}
@@ -164,11 +175,35 @@ def test_train_in_words_uses_settings_for_what_is_left_out(call, call_json, proj
     assert call_json("results")["runs"][0]["backbone"] == BACKBONES[BN].title, "results look where train writes"
 
 
+def test_train_replaces_no_record_of_other_slices(call, mistake, project, tmp_path):
+    root = write_set(tmp_path / "set")
+    words = ["train", root, "--out", tmp_path / "run", *TINY]
+    assert call(*words)[0] == 0 and call(*words)[0] == 0, "the same slices: replaced"
+    before = files_below(tmp_path / "run")
+    words[1] = project / "set"  # of the same name
+    mistake(*words, says=["the record 'run' of other slices", "--out"])
+    assert files_below(tmp_path / "run") == before
+    assert call(*words[:2], "--out", tmp_path / "two", *TINY)[0] == 0
+
+
+def test_banner_of_random_weights_is_said_once(call, project, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(weights, "_imagenet_file", lambda spec: (_ for _ in ()).throw(OSError("no network")))
+    weights._warn_once.cache_clear()
+    words = ["train", project / "set", "--out", tmp_path / "run", *TINY[:-2], "--weights", "auto"]
+    code, out, _ = call(*words)
+    assert code == 0 and (out + caplog.text).count("random weights, because no network") == 1
+
+
 def test_train_without_test_split_says_so(call, call_json, tmp_path):
     root = write_set(tmp_path / "set", splits=("Training", "Validation"))
     words = ["train", root, "--out", tmp_path / "run", *TINY]
     assert call_json(*words)["test_from_val"] is True
     assert "half of the validation slices" in call(*words)[1]
+    root = write_set(tmp_path / "two", splits=("train",), per_class=8)
+    code, out, _ = call("train", root, "--out", tmp_path / "run 2", *TINY)
+    assert code == 0 and "no val split: 15% of train drawn for val and for test" in out
+    record = load_run(tmp_path / "run 2").record["data"]
+    assert "no val split" in record["notes"][0] and sum(record["counts"]["test"].values()) == 3
 
 
 @pytest.mark.parametrize(
@@ -233,6 +268,10 @@ def test_predict_says_what_the_record_says(call, call_json, mistake, project, ru
     assert lines[1] == "Not for clinical use."
     (tmp_path / "text.png").write_text("hello")
     mistake("predict", run_folder, tmp_path / "text.png", says=["text.png"])
+    code, out, error = call("predict", run_folder, paths[0], tmp_path / "text.png", "--json")
+    assert code == 2 and [row["image"] for row in json.loads(out)["predictions"]] == [str(paths[0])]
+    assert json.loads(out)["failed"] == {str(tmp_path / "text.png"): "not a picture"}
+    check_message(error, "1 file(s)", "text.png' (not a picture)")
     mistake("predict", tmp_path / "no run", paths[0], says=["no run record"])
 
 
@@ -349,11 +388,18 @@ def test_odd_path_is_one_line_in_every_command(call, project, run_folder, tmp_pa
         cli.main(["train", odd, *TINY])
 
 
-def test_no_traceback_in_a_shell(tmp_path):
-    command = [sys.executable, "-m", "ctutils", "results", str(tmp_path / "없음")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", "없음é"), ("cp949", "없음\\xe9"), ("cp1252", "\\uc5c6\\uc74cé")]
+)
+def test_no_traceback_in_a_shell_whatever_its_encoding(tmp_path, encoding, shown):
+    command = [sys.executable, "-m", "ctutils", "results", str(tmp_path / "없음é"), "--json"]
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120, env=env)
+    assert done.returncode == 2 and "없음é" in json.loads(done.stdout.decode("utf-8"))["error"]
+    assert "없음é" in done.stderr.decode("utf-8"), "with --json all is UTF-8"
+    done = subprocess.run(command[:-1], cwd=ROOT, capture_output=True, timeout=120, env=env)
     assert done.returncode == 2 and done.stdout == b""
-    check_message(done.stderr.decode("utf-8").replace("\r\n", "\n"), "없음")
+    check_message(done.stderr.decode(encoding).replace("\r\n", "\n"), shown)
 
 
 @needs_real_ct

@@ -102,14 +102,14 @@ def test_run_writes_a_whole_record(first_run, room, settings):
     fingerprint = data.load_folder(room / "set", cache=room / "cache").fingerprint
     assert stored["data"] == {
         **{"name": "set", "kind": "unknown", "fingerprint": fingerprint, "counts": counts, "test_from_val": False},
-        **{"shortcut": None, "window": None, "patients": None},
+        **{"shortcut": None, "window": None, "patients": None, "depth": "", "notes": []},
     }
     assert stored["classes"] == list(CLASSES) and stored["name"] == "first"
     assert [stored[key] for key in ("profile", "device", "precision", "trained")] == ["quick", "cpu", "float32", "head"]
     assert (stored["bn"], stored["standardised"], stored["lr"], stored["at_once"]) == ("adapt", True, 1e-3, None)
     assert stored["parameters"] == {"trained": 1280 * 3 + 3, "frozen": 608 + 1168 + 17 * 1280 + 48}
     assert stored["interrupted"] is False and min(stored["seconds"].values()) > 0
-    resolved = Plan(BN, precision="float32", epochs=2, batch_size=8, size=64, weights="random")
+    resolved = Plan(BN, precision="float32").resolved(settings)
     assert run.plan == resolved and stored["plan"] == resolved.to_json()
     assert said == [stored["weights"]["note"]] and "random weights" in said[0]
     assert [name for name in files_below(room) if "checkpoint" in name] == []
@@ -151,7 +151,7 @@ def test_command_line_and_the_five_steps_of_a_notebook_are_one(settings, tmp_pat
     [
         ({"unfreeze": "all", "at_once": 4}, {"trained": "all", "bn": "train", "standardised": False, "at_once": 4}),
         ({"unfreeze": "last", "optimizer": "adamw"}, {"trained": "last", "bn": "train", "standardised": False}),
-        ({"unfreeze": "all", "bn": "adapt"}, {"trained": "all", "bn": "adapt"}),
+        ({"unfreeze": "all", "bn": "adapt", "ema": 0.5}, {"trained": "all", "bn": "adapt"}),
         ({"bn": "drift", "optimizer": "sgd"}, {"trained": "head", "bn": "drift", "standardised": False}),
         ({"bn": "frozen", "optimizer": "rmsprop", "standardise": False}, {"bn": "frozen", "standardised": False}),
         ({"augment": ("rotate", "flip")}, {"trained": "head", "bn": "adapt", "standardised": True}),
@@ -236,6 +236,26 @@ def test_what_learns_and_at_which_rate(plan, settings):
     assert momenta == {0.1}, "MobileNetV3's own 0.01 cannot follow a short training"
 
 
+def test_pictures_grow_and_the_running_average_is_what_is_scored(plan, settings, monkeypatch):
+    plan, seen = change(plan, unfreeze="all", size=96, start_size=64, epochs=4, ema=0.9), []
+    folder = load(plan, settings)
+    network = build(plan, settings, folder)
+    loaders = featurise(plan, settings, folder, network)
+    network.whole.register_forward_pre_hook(lambda module, given: seen.append((module.training, given[0].shape[-1])))
+    averaged = experiment.Averaged(nn.Linear(2, 2), 0.9)
+    with torch.no_grad():
+        averaged.average.update_parameters(averaged.model)  # the first counts whole
+        averaged.model.bias += 1
+        averaged.average.update_parameters(averaged.model)
+        inputs = torch.zeros(1, 2)
+        assert torch.allclose(averaged.train()(inputs) - averaged.eval()(inputs), torch.tensor(0.9))
+    result = fit(plan, settings, folder, network, loaders)
+    sizes = [size for training, size in seen if training]
+    assert sizes == [64] * (len(sizes) // 2) + [96] * (len(sizes) // 2), "half of the epochs are small"
+    assert {size for training, size in seen if not training} <= {96} and len(result.history) == 4
+    user_error("start_size with cached features", lambda: change(plan, unfreeze="last"))
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_schedule_of_the_record(plan, settings, tmp_path, scheduler):
     rates = quiet(change(plan, scheduler=scheduler, epochs=8), settings, tmp_path / "run").history["lr"].tolist()
@@ -269,8 +289,8 @@ def test_imbalance_and_its_cures(plan, settings, tmp_path, monkeypatch):
 
 
 def test_slices_are_decoded_and_passed_once(settings, plan, tmp_path, monkeypatch):
-    decoded, passed, read, real = [], [], data.read_small, features.forward_pass
-    monkeypatch.setattr(data, "read_small", lambda *args: decoded.append(args[0]) or read(*args))
+    decoded, passed, read, real = [], [], data.read_grey, features.forward_pass
+    monkeypatch.setattr(data, "read_grey", lambda *args: decoded.append(args[0]) or read(*args))
     monkeypatch.setattr(
         features, "forward_pass", lambda *a, **kw: (passed.append(len(batch)) or batch for batch in real(*a, **kw))
     )
@@ -349,7 +369,10 @@ def stop_in_epoch(patch, number: int) -> None:
     patch.setattr(training, "epoch_scores", stopped)
 
 
-@pytest.mark.parametrize("way", [{}, {"unfreeze": "all"}, {"augment": ("shift",), "bn": "drift"}], ids=str)
+RECIPE = {"unfreeze": "all", "size": 96, "start_size": 64, "ema": 0.5, "label_smoothing": 0.1}
+
+
+@pytest.mark.parametrize("way", [{}, RECIPE, {"augment": ("shift",), "bn": "drift"}], ids=str)
 def test_interrupted_run_is_saved_and_resumed_to_the_same_numbers(plan, settings, tmp_path, monkeypatch, way):
     plan, said = change(plan, **way), []
     whole = quiet(plan, settings, tmp_path / "whole")

@@ -39,8 +39,8 @@ def check_notebook(path: Path) -> list[str]:
     markdown = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
     wrong = []
 
-    if path.stat().st_size >= 1_000_000:
-        wrong.append(f"{path.stat().st_size} bytes; expected less than 1 MB")
+    if path.stat().st_size >= 2_000_000:
+        wrong.append(f"{path.stat().st_size} bytes; expected less than 2 MB")
     kernel = notebook.metadata.get("kernelspec", {}).get("name")
     if kernel != "python3":
         wrong.append(f"kernel {kernel}; expected python3")
@@ -78,9 +78,11 @@ def check_notebook(path: Path) -> list[str]:
             if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
                 wrong.append(f"{where}: a star import")
         if "nbval-ignore-output" in tags:
-            following = code[position + 1 : position + 3]
+            following = code[position + 1 :]
             if not any(isinstance(node, ast.Assert) for later in following for node in ast.walk(parse(later))):
-                wrong.append(f"{where}: output ignored, and no assert in the two code cells after it")
+                wrong.append(f"{where}: output ignored, and no assert in the code cells after it")
+        if "test" in tags and not cell.metadata.get("jupyter", {}).get("source_hidden"):
+            wrong.append(f"{where}: for the tests only, and not collapsed")
         if "nbval-skip" in tags:
             wrong.append(f"{where}: never run by the tests (nbval-skip)")
     return wrong
@@ -146,7 +148,7 @@ def add_output(output):
         (lambda n: n.cells[2].update(execution_count=3), "execution counts [1, 3, 3]"),
         (lambda n: n.cells[3].update(outputs=[]), "no picture"),
         (lambda n: n.metadata.kernelspec.update(name="course"), "kernel course"),
-        (set_source("x = '" + "x" * 1_000_000 + "'"), "less than 1 MB"),
+        (set_source("x = '" + "x" * 2_000_000 + "'"), "less than 2 MB"),
         (set_source("open('/home/me/x')"), "code cell 2: an absolute path"),
         (set_source("open('C:\\\\Users')"), "code cell 2: an absolute path"),
         (set_source("from numpy import *"), "code cell 2: a star import"),
@@ -154,6 +156,7 @@ def add_output(output):
         (set_source("!python -m pip install x"), "code cell 2: an install"),
         (lambda n: n.cells[2].metadata.update(tags=["nbval-skip"]), "code cell 2: never run"),
         (lambda n: n.cells[3].update(source="'assert'"), "code cell 1: output ignored, and no assert"),
+        (lambda n: n.cells[3].metadata.update(tags=["test"]), "code cell 3: for the tests only, and not collapsed"),
         (add_output(new_output("error", ename="E", evalue="", traceback=[])), "code cell 2: an error"),
         (add_output(new_output("stream", name="stderr", text="w")), "code cell 2: stored stderr"),
         (add_output(new_output("stream", name="stdout", text="in /Users/me/")), "code cell 2: an absolute path"),

@@ -11,6 +11,7 @@ from helpers import check_message, user_error
 from ctutils.base import CTError
 from ctutils.config import PROFILES, Settings
 from ctutils.plan import Plan
+from ctutils.registry import BACKBONES
 
 FIELDS = {field.name: field for field in dataclasses.fields(Plan)}
 ODD = (
@@ -21,7 +22,8 @@ ODD = (
 
 def test_fields_are_the_options_of_a_run():
     names = "backbone data test_data epochs weights optimizer lr scheduler patience batch_size at_once size bn "
-    names += "standardise unfreeze discriminative augment views balance imbalance precision seed"
+    names += "standardise unfreeze discriminative start_size label_smoothing ema "
+    names += "augment views balance imbalance precision seed"
     assert list(FIELDS) == names.split()
     assert all(field.metadata["help"] for field in FIELDS.values())
 
@@ -103,8 +105,10 @@ def test_fields_that_act_together_are_taken(changes, cached):
 
 def test_open_fields_come_from_the_settings():
     settings = Settings(PROFILES["full"], "cpu", "random", *[Path()] * 3)
-    plan = Plan(size=96, unfreeze=True).resolved(settings)
+    plan = Plan("vgg16", size=96, unfreeze=True).resolved(settings)
     assert (plan.epochs, plan.batch_size, plan.size, plan.weights, plan.unfreeze) == (10, 16, 96, "random", "all")
+    assert (plan.lr, plan.scheduler) == (0.0001, "onecycle") and BACKBONES["vgg16"].unfrozen_lr == 0.0001
+    assert (Plan().resolved(settings).lr, Plan().resolved(settings).scheduler) == (0.001, "step"), "the deck's"
 
 
 def test_record_names_no_folder_of_this_machine(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pandas as pd
 import pytest
@@ -283,6 +284,20 @@ def test_records_are_loaded_by_group_and_packed_without_weights(write, settings,
     assert len(load_run(tmp_path / "packed" / plan.jobs[0].name).history) == 2
     changed = write(change={"views = 2": "views = 3"})
     assert list(load_sweep(changed, settings)) == [("plain", BN)], "records of an older plan are left out"
+
+
+def test_one_run_is_made_here_and_compared_where_the_course_brings_the_others(write, settings, tmp_path):
+    plan = write()
+    assert "4 of 4 runs are done" in str(run_sweep(plan, settings, live="more flips")), "there are no records yet"
+    pack_runs(plan, settings, plan.reference(settings))
+    (first,) = {job.name for job in plan.jobs if job.setting == "more flips" and job.plan.seed == 0}
+    for record in sorted(settings.runs_dir.rglob("run.json")):
+        shutil.rmtree(record.parent)
+    outcome = run_sweep(plan, settings, live="more flips")
+    assert outcome.done == (first,) and "1 of 4 runs was made here" in str(outcome)
+    count = len(load_run(plan.folder(settings) / first).of_split("val"))
+    assert f"the same class for {count} of {count} slices" in str(outcome)
+    assert {key: len(some) for key, some in load_sweep(plan, settings).items()} == dict.fromkeys(plan.groups(), 2)
 
 
 # --- The command ---

@@ -12,9 +12,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from helpers import check_message, files_below, user_error
+from helpers import check_message, files_below, user_error, write_set
 
-from ctutils import cli, weights
+from ctutils import cli, config, weights
 from ctutils.backbones import build_model
 from ctutils.base import file_sha256
 from ctutils.registry import BACKBONES
@@ -129,6 +129,18 @@ def test_failed_download_leaves_nothing_and_says_why_once(server, fault, why, mo
     assert files_below(tmp_path / "hub") == []
 
 
+def test_run_says_once_and_records_why_its_weights_are_random(server, monkeypatch, tmp_path, caplog, capsys):
+    server.status = 403
+    monkeypatch.setattr(config, "project_root", lambda: tmp_path)
+    monkeypatch.setenv("CT_WEIGHTS", "auto")
+    words = ["train", write_set(tmp_path / "set"), "--backbone", SMALL, "--epochs", 1, "--size", 64]
+    assert cli.main([*map(str, words), "--out", str(tmp_path / "run")]) == 0
+    stored = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["weights"]
+    assert stored["kind"] == "random" and "Forbidden" in stored["note"]
+    assert [record.getMessage() for record in caplog.records] == [stored["note"]]
+    assert stored["note"] not in capsys.readouterr().out, "said twice"
+
+
 @pytest.fixture
 def command(capsys, monkeypatch):
     """A function that runs `ctutils weights` and returns (exit code, stdout, stderr)."""
@@ -181,8 +193,11 @@ def test_cache_is_filled_and_copied_from(server, command, tmp_path, monkeypatch)
         and f"2 files, missing or wrong: {server.names[SMALL]}" in out
     )
     assert command(SMALL, LITE)[0] == 0 and build_model(SMALL)[1].kind == "imagenet"
+    assert files_below(tmp_path / "hub" / "checkpoints") == [server.names[SMALL]], "pip's files stay where they are"
     assert command("--to", tmp_path / "f", SMALL)[0] == 0 and server.asked == [server.names[SMALL]]
     assert files_below(tmp_path / "f") == [server.names[SMALL]]
+    (tmp_path / "hub" / "checkpoints" / server.names[SMALL]).write_bytes(b"half")
+    assert command("--to", tmp_path / "g", SMALL)[0] == 0 and len(server.asked) == 2, "a damaged file is not copied"
     monkeypatch.setattr(weights.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
     code, _, error = command("--to", tmp_path / "f")
     assert code == 2

@@ -78,6 +78,20 @@ def group_slices(decoded: Decoded, near: pd.DataFrame) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
+def group_sketches(sketches: list[tuple[str, np.ndarray, np.ndarray] | None]) -> list[int]:
+    """Return a number for each picture, the same for equal ones and near twins; each None stands alone.
+
+    Args:
+        sketches: of `look.sketch`, in any order.
+    """
+    blank = ("", np.zeros((FINE, FINE), np.uint8), np.zeros((COARSE, COARSE), np.uint8))
+    pixels, body, lungs = zip(*(one or blank for one in sketches), strict=True)
+    table = pd.DataFrame({"path": [str(row) for row in range(len(pixels))], "pixels": pixels, "patient": ""})
+    table = table.assign(problem=["?" * (name == "") for name in pixels], blank=[one.std() < 2 for one in body])
+    decoded = Decoded(table.assign(split="", **{"class": ""}), np.stack(body), np.stack(lungs), {})
+    return group_slices(decoded, near_duplicates(decoded)).tolist()
+
+
 def _confirmed(body: np.ndarray, lungs: np.ndarray) -> pd.DataFrame:
     """Return the pairs that hold: a, b (rows, a before b), correlation, detail, aligned."""
     small = _shrink(body, COARSE)

@@ -14,7 +14,8 @@ from PIL import Image
 from scipy import ndimage
 
 from ctutils.base import progress
-from ctutils.data import SliceFolder, read_grey
+from ctutils.data import SliceFolder
+from ctutils.pictures import BadFile, open_picture, quiet, to_grey
 
 FINE, COARSE = 96, 32  # pixels a side of the thumbnails that confirm and that search
 COLOUR_MODES = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr", "LAB", "HSV")
@@ -52,21 +53,23 @@ def decode_pass(folder: SliceFolder) -> Decoded:
     """
     table = folder.slices[["path", "split", "class", "label", "patient", "problem"]].reset_index(drop=True)
     # Threads: decoding and array work run outside Python's lock.
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        looks = pool.map(_look, [folder.root / path for path in table["path"]], table["problem"])
+    with quiet(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        paths, window = [folder.root / path for path in table["path"]], folder.window or {"level": -600, "width": 1500}
+        how = [(depth, (window["level"], window["width"])) for depth in folder.slices["depth"]]
+        looks = pool.map(_look, paths, table["problem"], how)
         seen = list(progress(looks, total=len(table), desc="Looking at slices", unit="slice", leave=False))
     table = table.assign(**{key: [one[key] for one in seen] for key in ("problem", "pixels", "colour", "blank")})
     columns = {key: np.stack([one.pop(key) for one in seen]) for key in list(seen[0]) if key not in table}
     return Decoded(table, columns.pop("body"), columns.pop("lungs"), columns)
 
 
-def _look(path: Path, problem: str) -> dict[str, Any]:
+def _look(path: Path, problem: str, how: tuple[str, tuple[float, float]]) -> dict[str, Any]:
     """Return what is kept of one slice; of one that cannot be decoded, why, and what is kept of a black picture."""
     image, colour, facts = Image.new("L", (COARSE, COARSE)), False, [0.0] * 5
     try:
         if not problem:
-            with Image.open(path) as raw:  # colour as read_grey does it, but decoded once for both
-                image = raw.convert("L") if raw.mode in ("RGB", "RGBA") else read_grey(path)
+            with open_picture(path) as raw:
+                image = to_grey(raw, *how)
                 extras = sum(key in raw.info for key in ("dpi", "exif", "icc_profile", "comment", "Software"))
                 if raw.mode in COLOUR_MODES:  # JPEG bends equal channels by a few levels
                     small = raw.convert("RGB").reduce(max(1, min(raw.size) // 64))
@@ -74,9 +77,9 @@ def _look(path: Path, problem: str) -> dict[str, Any]:
                 names = [zlib.crc32(name.encode()) for name in (raw.mode, path.suffix.lower())]
             size = path.stat().st_size
             facts = [np.log1p(size), np.log1p(size / (image.width * image.height)), extras, *names]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        problem = str(error) or type(error).__name__
-    pixels, (body, lungs) = np.asarray(image), find_body(image)
+    except BadFile as error:
+        problem = str(error)
+    pixels, (name, body, lungs) = np.asarray(image), sketch(image)
     counts = np.bincount(pixels.ravel(), minlength=256) / pixels.size
     mean = counts @ np.arange(256)
     deviation = np.sqrt(counts @ (np.arange(256) - mean) ** 2)
@@ -84,11 +87,11 @@ def _look(path: Path, problem: str) -> dict[str, Any]:
     grey = [mean, deviation, counts[0], counts[255], (counts > 0).sum(), *percentiles]
     return {
         "problem": problem,
-        "pixels": "" if problem else hashlib.blake2b(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest(),
+        "pixels": "" if problem else name,
         "colour": colour,
         "blank": not problem and bool(deviation < 2),
-        "body": _thumbnail(image, FINE, body),
-        "lungs": _thumbnail(image, COARSE, lungs),
+        "body": body,
+        "lungs": lungs,
         # What the probes see; none of it says where in the body something is.
         "file size and metadata": np.array(facts, float),
         "picture size": np.log([image.width, image.height, image.width / image.height]),
@@ -98,6 +101,13 @@ def _look(path: Path, problem: str) -> dict[str, Any]:
         "sharpness and noise": _sharpness(image),
         "border and corners": _border(image),
     }
+
+
+def sketch(image: Image.Image) -> tuple[str, np.ndarray, np.ndarray]:
+    """Return what tells twins: a hash of a grey picture and its size, and its `body` and `lungs` as in `Decoded`."""
+    pixels, (body, lungs) = np.asarray(image), find_body(image)
+    name = hashlib.blake2b(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+    return name, _thumbnail(image, FINE, body), _thumbnail(image, COARSE, lungs)
 
 
 def _thumbnail(image: Image.Image, size: int, box: tuple[float, ...] | None = None) -> np.ndarray:
