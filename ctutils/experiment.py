@@ -235,7 +235,8 @@ def fit(
     if plan.balance == "loss":
         weight = class_weights(folder.labels[folder.rows("train")], len(folder.classes))
         criterion.weight = torch.from_numpy(weight).to(settings.device)
-    start, deterministic = training.changing_state(learner), contextlib.nullcontext()
+    start = {} if network.cached else training.changing_state(learner)  # to begin again with when the memory was full
+    deterministic = contextlib.nullcontext()
     if not network.cached and settings.device.startswith("cuda"):  # the same seed, the same numbers
         deterministic = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True)
     with deterministic:
@@ -369,7 +370,7 @@ def run_plan(
     settings: Settings,
     out: Path,
     *,
-    resume: bool | str = False,
+    resume: bool | str | None = False,
     say: Callable[[str], None] = print,
     keep_weights: bool = True,
     replace: bool = True,
@@ -380,7 +381,8 @@ def run_plan(
     Args:
         plan: what to do; settings: for all that the plan leaves open; out: folder of the record.
         resume: go on from the checkpoint of an interrupted run of the same plan, slices and weights; the checkpoint of
-            another one is an error, or with "if_same" a reason to start again.
+            another one is an error, or with "if_same" a reason to start again; None writes no checkpoint, which for a
+            large network takes as long as an epoch.
         say: where the few lines for the user go.
         keep_weights, note: as for `record`.
         replace: also a record of other slices.
@@ -389,7 +391,7 @@ def run_plan(
     Raises:
         CTError: as the five steps; a run of this name in progress; `out` inside the data set, or not to replace.
         KeyboardInterrupt: Ctrl-C before an epoch was finished.
-    Source: notebook 05.
+    Source: notebook 03.
     """
     start, out = time.perf_counter(), Path(out).resolve()
     names = [out.name, *map(str, plan.to_json().values())]
@@ -424,7 +426,8 @@ def run_plan(
             )
         for path in others if resume else [checkpoint, *others]:
             path.unlink(missing_ok=True)
-        result = fit(*(plan, settings, folder, network, loaders), checkpoint=checkpoint, resume=bool(resume), say=say)
+        saved = {"checkpoint": None if resume is None else checkpoint, "resume": bool(resume)}
+        result = fit(*(plan, settings, folder, network, loaders), **saved, say=say)
         if not result.history:
             raise KeyboardInterrupt  # in the first epoch: there is nothing to record
         options = {"seconds": time.perf_counter() - start, "keep_weights": keep_weights, "note": note}
@@ -432,7 +435,7 @@ def run_plan(
         if result.diverged:
             say(f"{result.diverged} The weights of the best epoch before it are kept.")
         if result.interrupted:
-            say("Stopped early: the best epoch so far is saved; --resume goes on.")
+            say("Stopped early: the best epoch so far is saved" + ("." if resume is None else "; --resume goes on."))
         else:
             checkpoint.unlink(missing_ok=True)
     return run

@@ -193,7 +193,7 @@ def adapt_cached(whole: Joined, weights: str, store, spec, folder, settings, *, 
         weights: SHA-256 of what it was built from.
         store, spec, folder, settings, precision: as for `cached_features`.
         seed: of the choice of slices.
-    Source: notebook 05, section 4.
+    Source: notebook 03, section 4.
     """
     if not any(isinstance(part, BatchNorm) for part in whole.modules()):
         return

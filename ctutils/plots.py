@@ -111,7 +111,8 @@ def learning_curves(
     one = f": best epoch {best['epoch']:.0f}, {best['val_macro_f1']:.3f}"
     axes[1].set_title("Macro F1" + (one if len(runs) == 1 else "; dotted: best epoch"))
     if isinstance(history, dict):
-        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+        columns = len(runs) + (chance is not None)
+        figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=8)
     else:
         axes[0].legend()
     return axes

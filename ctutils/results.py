@@ -18,7 +18,7 @@ COLUMNS = (
 ).split()
 LEARNED = {"all": "all layers", "last": "last block", "head": "head only"}
 # Of notebook 12's plan, the settings whose first seed stands beside the notebooks' own records.
-SHOWN = ("all layers", "last block", "all layers, from scratch")
+SHOWN = ("all layers", "last block", "head", "0.003, from scratch, 30 epochs")
 YARDSTICKS = "yardsticks.csv"  # beside the records; rows of `comparison_table` that notebook 09 makes
 FOLDED = "Frozen networks with random weights: features that learned nothing, so that every notebook runs everywhere"
 
@@ -41,6 +41,7 @@ def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
 
     for run in sorted(runs, key=place):
         record, data, title = run.record, run.record["data"], BACKBONES[run.plan.backbone].title
+        title += f", {run.plan.size} pixels" * (run.plan.size != Profile.image_size)
         val_f1 = _macro_f1(run, "val") if "val" in run.splits else np.nan
         test, guessing = ([np.nan] * 3,) * 2
         if "test" in run.splits:
@@ -48,7 +49,8 @@ def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
         slices = int((run.predictions["split"] == "test").sum())
         row = [
             run.name,
-            f"{title}, {LEARNED.get(record['trained'], record['trained'])}",
+            f"{title}, {LEARNED.get(record['trained'], record['trained'])}"
+            + ", from scratch" * (record["weights"]["kind"] == "random" and record["trained"] == "all"),
             title,
             val_f1,
             *test,
@@ -61,11 +63,11 @@ def comparison_table(runs: Sequence[Run]) -> pd.DataFrame:
 
 
 def shown_runs(folder: str | Path) -> list[Run]:
-    """Return a folder's records and, of notebook 12's plan, those of `SHOWN` at the usual size, seed 0."""
+    """Return a folder's records and, of notebook 12's plan, those of `SHOWN`, seed 0."""
     runs, swept = list_runs(folder)[0], list_runs(Path(folder) / "12_epochs_and_unfreezing")[0]
     for run in swept:
         match run.record.get("sweep"):
-            case {"setting": str(name)} if name in SHOWN and (run.plan.seed, run.plan.size) == (0, Profile.image_size):
+            case {"setting": str(name)} if name in SHOWN and run.plan.seed == 0:
                 runs.append(run)
     return runs
 
@@ -87,6 +89,22 @@ def above_chance(run: Run, split: str) -> bool:
     shuffled singly. What fails is called "not above chance"; its single answers are not worth a look.
     """
     return interval(run, split).low > permuted(run, split).high
+
+
+def say_runs(runs: dict[str, Run], split: str = "val") -> list[str]:
+    """Return lines on runs of the same slices, by name: score and interval, chance, and the difference to the first."""
+    (first, base), *_ = runs.items()
+    lines = []
+    for name, run in runs.items():
+        value, low, high = interval(run, split)
+        word = "above chance" if above_chance(run, split) else "not above chance"
+        lines.append(f"{name}: macro F1 {value:.3f} ({low:.3f} to {high:.3f}), {word}")
+        if run is not base:
+            scores, options = (run.y_score(split), base.y_score(split)), {"names": (name, first)}
+            found = metrics.paired_difference(run.y_true(split), *scores, patients=run.patients(split), **options)
+            numbers = f"{found.difference:+.3f} (95 % interval {found.low:+.3f} to {found.high:+.3f})"
+            lines.append(f"{name} minus {first}: {numbers}: {found.verdict}")
+    return lines
 
 
 def missing_runs(runs: Sequence[Run]) -> dict[str, str]:

@@ -256,7 +256,7 @@ def predictions_table(folder, scores: dict[str, np.ndarray]) -> pd.DataFrame:
     Args:
         folder: `SliceFolder`.
         scores: {split: y_score float (n, C)}, rows in the order of the split's slices.
-    Source: notebook 05, section 8.
+    Source: notebook 03, section 6.
     """
     columns = ["path", "split", "label"] + (["patient"] if (folder.slices["patient"] != "").any() else [])
     slices, parts = folder.slices, []

@@ -386,6 +386,13 @@ def test_interrupted_run_is_saved_and_resumed_to_the_same_numbers(plan, settings
     assert not [name for name in files_below(tmp_path) if "checkpoint" in name]
 
 
+def test_no_checkpoint_is_written_where_none_is_wanted(plan, settings, first_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "save_checkpoint", None)
+    assert numbers(quiet(plan, settings, tmp_path / "run", resume=None)) == numbers(first_run[0])
+    with pytest.raises(TypeError):
+        quiet(plan, settings, tmp_path / "other")
+
+
 def test_resume_after_other_choices_is_refused(plan, settings, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:

@@ -47,6 +47,7 @@ def check_notebook(path: Path) -> list[str]:
 
     number, _, name = path.stem.partition("_")
     title = notebook.cells[0].source.split("\n")[0] if notebook.cells else ""
+    title = re.sub(r" \([가-힣 ]+\)$", "", title)  # the Korean term
     if not title.startswith(f"# {number} - ") or plain(title.partition(" - ")[2]) != plain(name):
         wrong.append(f"title '{title}'; expected '# {number} - ' and the name as in '{path.name}'")
     said = sum(cell.source.lower().count("not for clinical use") for cell in markdown)
@@ -121,6 +122,12 @@ def good(tmp_path):
 
 def test_checks_let_a_good_notebook_pass(good):
     assert good[1]() == []
+
+
+def test_a_title_may_name_the_korean_term(good):
+    notebook, check = good
+    set_title("# 05 - MobileNetV3 (깊이별 합성곱)")(notebook)
+    assert check() == []
 
 
 def set_title(text):

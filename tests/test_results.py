@@ -87,7 +87,7 @@ def test_comparison_table_recomputes_and_orders():
         one.record["trained"], one.record["weights"]["kind"] = trained, weights
     table = results.comparison_table(runs)
     assert table["name"].tolist() == [
-        *("ResNet50, all layers", "ResNet50, last block", "AlexNet, all layers", "VGG16, head only")
+        *("ResNet50, all layers", "ResNet50, last block", "AlexNet, all layers, from scratch", "VGG16, head only")
     ]
     row = table.iloc[1]
     y_true, y_score, patients = run.y_true("test"), run.y_score("test"), runs[0].patients("test")
@@ -137,6 +137,18 @@ def test_above_chance_where_the_intervals_lie_apart(skill, above):
     assert results.above_chance(run, "test") == above
     y_true, y_pred = run.y_true("test"), run.y_score("test").argmax(axis=1)
     assert results.permuted(run, "test") == metrics.permuted_score(y_true, y_pred, 3)
+
+
+def test_say_runs_compares_with_the_first():
+    runs = {"head": make_run("h", skill=0.0), "last block": make_run("l", skill=2.0, shuffle=False)}
+    runs = {name: FakeRun(name, run.predictions.sort_values("path"), run.plan) for name, run in runs.items()}
+    one, two, three = results.say_runs(runs)
+    assert (
+        one.startswith("head: macro F1 0.") and one.endswith(", not above chance") and two.endswith("), above chance")
+    )
+    found = metrics.paired_difference(*(runs["last block"].y_true("val"), *(r.y_score("val") for r in runs.values())))
+    assert three.startswith(f"last block minus head: {-found.difference:+.3f} (95 % interval +0.")
+    assert three.endswith(": last block is higher")
 
 
 def test_missing_runs_name_their_notebook():
