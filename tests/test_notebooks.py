@@ -94,6 +94,12 @@ def test_notebooks_are_numbered_without_a_gap():
     assert numbers == [f"{n:02d}" for n in range(max(len(numbers), 10))]  # 00 to 09 at least
 
 
+def test_korean_guide_has_every_notebook_and_term():
+    guide = (FOLDER / "README.ko.md").read_text(encoding="utf-8")
+    assert [path.name for path in NOTEBOOKS if f"]({path.name})" not in guide] == []
+    assert "합성데이터" in guide and "내국인" in guide and guide.count("\n| ") > 55
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path):
     assert check_notebook(path) == []
