@@ -172,7 +172,9 @@ def test_train_in_words_uses_settings_for_what_is_left_out(call, call_json, proj
     assert "random weights, as asked for" in out, "the banner of random weights"
     assert re.search(r"macro F1: validation 0\.\d{3} \(best epoch 1 of 1\), test [01]\.\d{3}, 95 % interval", out)
     assert "weights: random" in out and str(folder / BN) in out
-    assert call_json("results")["runs"][0]["backbone"] == BACKBONES[BN].title, "results look where train writes"
+    assert call_json("results")["runs"][0]["backbone"] == f"{BACKBONES[BN].title}, 64 pixels", (
+        "results look where train writes"
+    )
 
 
 def test_train_replaces_no_record_of_other_slices(call, mistake, project, tmp_path):
@@ -280,9 +282,12 @@ def test_results_name_a_damaged_record_and_show_the_rest(call, call_json, mistak
     (tmp_path / "runs" / "damaged").mkdir()
     (tmp_path / "runs" / "damaged" / "run.json").write_text('{"name": ')
     content = call_json("results", tmp_path / "runs")
-    assert [row["backbone"] for row in content["runs"]] == [BACKBONES[BN].title]
+    assert [row["backbone"] for row in content["runs"]] == [f"{BACKBONES[BN].title}, 64 pixels"]
     assert len(content["problems"]) == 1 and content["problems"][0].startswith("damaged: Found")
-    assert "| head only | MobileNetV3, random weights | 0." in call("results", tmp_path / "runs", "--markdown")[1]
+    assert (
+        "| head only | MobileNetV3, 64 pixels, random weights | 0."
+        in call("results", tmp_path / "runs", "--markdown")[1]
+    )
     (tmp_path / "runs" / "good" / "predictions.csv").unlink()
     code, out, _ = call("results", tmp_path / "runs")
     assert code == 1 and "Left out: good" in out and "predictions.csv" in out
