@@ -145,7 +145,7 @@ def train_model(
             result.history.append({**row, "seconds": time.perf_counter() - start})
             if not result.best_epoch or row["val_macro_f1"] > result.best_score:  # the first of equals stays
                 result.best_epoch, result.best_score = epoch, row["val_macro_f1"]
-                best_weights = changing_state(model)
+                best_weights = changing_state(model, best_weights)
             bar.set_postfix_str(f"epoch {epoch}/{num_epochs} val macro F1 {row['val_macro_f1']:.3f}")
             if checkpoint:
                 save_checkpoint(checkpoint, result, optimizer, scheduler, seed, best_weights)
@@ -292,10 +292,12 @@ def check_trainable(model: nn.Module, optimizer: torch.optim.Optimizer, loaders:
             raise CTError(f"an empty loader '{phase}'", "one batch or more", "check that the split has slices")
 
 
-def changing_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Copy what training can change: trainable parameters and all buffers."""
+def changing_state(model: nn.Module, into: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """Copy what training can change: trainable parameters and all buffers; into an older copy, if one is given."""
     keep = {name: p for name, p in model.named_parameters() if p.requires_grad} | dict(model.named_buffers())
-    return {name: tensor.detach().clone() for name, tensor in keep.items()}
+    if into is None:
+        return {name: tensor.detach().clone() for name, tensor in keep.items()}
+    return {name: into[name].copy_(tensor.detach()) for name, tensor in keep.items()}
 
 
 def _identity(model, optimizer, scheduler, seed) -> dict[str, str]:
