@@ -7,6 +7,8 @@ Sections:
     a    the deck's loop against ours, end to end, caches cold and warm; macro F1 of both over head seeds
     six  all six deck backbones over one decoded store, and the same extrapolated to the deck's 9001 slices
     b    forward images/s against plain float32, and the share of a large matrix product
+    last the last block learns: on cached activations, through the whole network, and the plain loop
+    t    time to a validation macro F1 of 0.80, every layer learning, EfficientNet-Lite0 with its real weights
 (d, fastai and Lightning, is peers.py.) Every repetition is a process of its own and the sides take turns, so
 that a ratio compares neighbours in time. CPU seconds include all children. Prints tables and writes
 data/bench/bench.json. Needs Linux or macOS.
@@ -30,7 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SIX = ("vgg16", "alexnet", "resnet50", "resnet152", "densenet161", "mobilenet_v3_large")
-SECTIONS = ("a", "six", "b")
+SECTIONS = ("a", "six", "b", "last", "t")
 DECK_SLICES = 9001
 CLOCKS = {"work_cpu": "CPU, work", "work_wall": "wall, work", "cpu": "CPU, process", "wall": "wall, process"}
 
@@ -39,9 +41,10 @@ CLOCKS = {"work_cpu": "CPU, work", "work_wall": "wall, work", "cpu": "CPU, proce
 
 
 def plain_loop(job: dict) -> dict:
-    """PIL, torchvision transforms, a DataLoader with 2 workers, the whole network in every epoch; head only trained.
+    """PIL, torchvision transforms, a DataLoader with 2 workers, the whole network in every epoch.
 
-    BatchNorm stays in eval mode, which the deck forgot, so that both sides learn from the same features.
+    What `learned` names learns, beside the new head. Unless that is every layer BatchNorm stays in eval mode, which the
+    deck forgot, so that both sides learn from the same features. It ends at the validation score `until`.
     """
     import torch
     from sklearn.metrics import f1_score
@@ -66,22 +69,23 @@ def plain_loop(job: dict) -> dict:
     }
     model = bare_network(job["backbone"])
     model.load_state_dict(torch.load(Path(job["weights"]) / f"{job['backbone']}.pth"))
-    for parameter in model.parameters():
-        parameter.requires_grad = False
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in job["learned"]
+    whole = all(parameter.requires_grad for parameter in model.parameters())
     in_features = model.get_submodule(job["head"]).in_features
     model.set_submodule(job["head"], nn.Linear(in_features, len(sets["train"].classes)))
     model = model.to(device)
 
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(model.get_submodule(job["head"]).parameters(), lr=0.001)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=job["lr"])
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)
     scores, best_state = [], None
     before = work()
-    for _ in range(job["epochs"]):
+    while len(scores) < job["epochs"] and max(scores, default=0) < job["until"]:
         for phase in ("train", "val"):
             model.train(phase == "train")
             for module in model.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.BatchNorm2d) and not whole:
                     module.eval()
             running_loss, y_true, y_pred = 0.0, [], []
             for images, labels in loaders[phase]:
@@ -105,7 +109,11 @@ def plain_loop(job: dict) -> dict:
     model.load_state_dict(best_state)
     done = work()
     growing = {"growing": done["work_wall"] - before["work_wall"], "growing_cpu": done["work_cpu"] - before["work_cpu"]}
-    return {"macro_f1": max(scores), **growing, **done}
+    return {"macro_f1": max(scores), "epochs": len(scores), **growing, **done}
+
+
+class Reached(Exception):
+    """The validation score that a job waits for."""
 
 
 def work_clock() -> Callable[[], dict[str, float]]:
@@ -141,10 +149,25 @@ def our_way(job: dict) -> dict:
     import sklearn.model_selection  # noqa: F401  (halves the validation split)
     import torchvision  # noqa: F401
 
-    from ctutils import data, experiment
+    from ctutils import data, experiment, training
     from ctutils.config import PROFILES, Settings
 
     growing, build_store = 0.0, data.build_store  # the wall seconds of what grows with the slices
+    found, scores, real, fit = {"growing_cpu": 0.0}, [], training.epoch_scores, experiment.fit
+
+    def watched(phase, *args, **kwargs):
+        row = real(phase, *args, **kwargs)
+        if phase == "val" and len(scores) < job["epochs"]:
+            scores.append(row["val_macro_f1"])
+            if scores[-1] >= job["until"]:
+                raise Reached
+        return row
+
+    def timed_fit(*args, **kwargs):
+        start = work()["work_cpu"]
+        result = fit(*args, **kwargs)
+        found["growing_cpu"] += work()["work_cpu"] - start
+        return result
 
     def timed_store(*args, **kwargs):
         nonlocal growing
@@ -153,17 +176,22 @@ def our_way(job: dict) -> dict:
         growing += time.perf_counter() - start
         return store
 
-    data.build_store = timed_store
+    data.build_store, training.epoch_scores, experiment.fit = timed_store, watched, timed_fit
+    if job["whole"]:  # as if there were no cut
+        experiment.Plan.cached = property(lambda plan: False)
     work = work_clock()
     cache = Path(job["cache"])
     profile = dataclasses.replace(PROFILES["standard"], image_size=job["size"], batch_size=job["batch_size"])
     settings = Settings(profile, job["device"], job["weights"], Path(job["data"]), cache, cache / "runs")
     for name in job["backbones"]:
-        choices = {"epochs": job["epochs"], "precision": job["precision"], "seed": job["seed"]}
+        choices = {"epochs": job["epochs"], "precision": job["precision"], "seed": job["seed"], **job["plan"]}
         plan = experiment.Plan(name, Path(job["data"]), **choices)
-        seconds = experiment.run_plan(plan, settings, cache / "runs" / name, say=lambda line: None).record["seconds"]
-        growing += seconds["features"] + seconds["train"]
-    return {"growing": growing, **work()}
+        try:
+            run = experiment.run_plan(plan, settings, cache / "runs" / name, say=lambda line: None)
+            growing += run.record["seconds"]["features"] + run.record["seconds"]["train"]
+        except Reached:
+            pass
+    return {"macro_f1": max(scores), "epochs": len(scores), "growing": growing, **found, **work()}
 
 
 def make_weights(job: dict) -> dict:
@@ -422,6 +450,7 @@ class Bench:
             "device": options.device,
             "precision": options.precision,
             "seed": 0,
+            **{"learned": [], "lr": 0.001, "until": 2.0, "whole": False, "plan": {}},
             **changes,
         }
 
@@ -545,6 +574,64 @@ def section_b(bench: Bench) -> dict:
     return found
 
 
+def extended(run: dict, epochs: int) -> dict:
+    """Return a run of few epochs as if it had made more: each does the same work."""
+    return run | {"work_cpu": run["work_cpu"] + run["growing_cpu"] * (epochs / run["epochs"] - 1), "epochs": epochs}
+
+
+def learned_names(name: str, part: str) -> list[str]:
+    """Return the parameters that learn when the last block, or all layers, do."""
+    import torch
+
+    from ctutils import backbones
+
+    with torch.device("meta"):
+        model = bare_network(name)
+    last = backbones.split_model(model, name, backbones.get_spec(name).last_block)[1]
+    norms = {id(p) for m in model.modules() if isinstance(m, backbones.BatchNorm) for p in m.parameters()}
+    block = {id(p) for p in last.parameters()} - norms  # BatchNorm frozen, on all sides
+    return [key for key, p in model.named_parameters() if part == "all" or id(p) in block]
+
+
+def section_last(bench: Bench) -> dict:
+    """The last block learns, BatchNorm frozen; loops through the whole network are measured over two epochs."""
+    options, found, rows = bench.options, {}, []
+    data = str(bench.standard_data() if options.quick else bench.data(1000, 250))
+    plan = {"unfreeze": "last", "bn": "frozen", "lr": 0.0001, "scheduler": "step"}
+    for name in options.backbones if options.quick or options.chosen else ["resnet50", "efficientnet_lite0"]:
+        few, sides = min(2, options.epochs), {"plain loop": [], "whole network": [], "cached": []}
+        given = {"data": data, "lr": 0.0001, "learned": learned_names(name, "last")}
+        for seed in range(options.repetitions):
+            short = {**given, "seed": seed, "epochs": few}
+            sides["plain loop"].append(extended(measure("plain", bench.job(name, **short)), options.epochs))
+            sides["whole network"].append(extended(bench.cold(name, whole=True, plan=plan, **short), options.epochs))
+            sides["cached"].append(bench.cold(name, plan=plan, **{**given, "seed": seed}))
+        cpu = {side: [run["work_cpu"] for run in runs] for side, runs in sides.items()}
+        ratios = {side: ratio(cpu[side], cpu["cached"]) for side in ("plain loop", "whole network")}
+        found[name] = {"runs": sides, "ratios": ratios}
+        rows.append([name, *(middle(values) for values in cpu.values()), *map(show_ratio, ratios.values())])
+    columns = ["backbone", "plain loop", "whole network", "cached", "plain / cached", "whole / cached"]
+    print_table(f"last. The last block, {options.epochs} epochs, CPU seconds of work", columns, rows)
+    return found
+
+
+def section_t(bench: Bench) -> dict:
+    """CPU and wall seconds until validation macro F1 is 0.80; the plain loop trains all layers with Adam 1e-4."""
+    options, name, rows = bench.options, "efficientnet_lite0", []
+    data, until = (bench.standard_data(), 0.05) if options.quick else (bench.data(1000, 250), 0.80)
+    given, sides = {"data": str(data), "until": until, "batch_size": 16}, {"plain loop": [], "ours": []}
+    for seed in range(options.repetitions):
+        plain = {"learned": learned_names(name, "all"), "lr": 0.0001, "epochs": 3 * options.epochs}
+        sides["plain loop"].append(measure("plain", bench.job(name, **given, **plain, seed=seed)))
+        sides["ours"].append(bench.cold(name, plan={"unfreeze": "all"}, **given, seed=seed))
+    for side, runs in sides.items():
+        values = [middle([float(run[key]) for run in runs]) for key in ("work_cpu", "work_wall", "epochs", "macro_f1")]
+        rows.append([side, *values])
+    print_table(f"t. Time to {until:.2f}, seconds of work", ["side", "CPU", "wall", "epochs", "macro F1"], rows)
+    ratios = {key: ratio(*([run[key] for run in runs] for runs in sides.values())) for key in ("work_cpu", "work_wall")}
+    return {"until": until, "runs": sides, "ratios": ratios}
+
+
 # ---------------------------------------------------------------- the machine
 
 
@@ -659,7 +746,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=ROOT / "data" / "bench", help="where everything is kept")
     options = parser.parse_args(arguments)
     options.chosen = bool(options.backbones)
-    quick = {"repetitions": 1, "seeds": 2, "train": 16, "val": 16, "pixels": 128, "size": 64, "epochs": 2}
+    quick = {"repetitions": 1, "seeds": 2, "train": 16, "val": 48, "pixels": 128, "size": 64, "epochs": 2}
     usual = {"repetitions": 5, "seeds": 8, "train": 200, "val": 50, "pixels": 512, "size": 224, "epochs": 10}
     for name, value in (quick if options.quick else usual).items():
         if getattr(options, name) is None:
