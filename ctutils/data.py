@@ -152,11 +152,7 @@ def load_folder(root: str | Path, *, strict: bool = True, cache: Path | None = N
     except CTError:
         meta = {}
     notes = [f"{len(unused)} file(s) in class folders not used, such as '{unused[0]}'"] if unused else []
-    _settle_depth(slices, str(meta.get("depth", "")))
-    for depth, count in slices["depth"][slices["depth"] != ""].value_counts().items():
-        notes.append(f'{count} picture(s) read as {say_depth(depth)}; "depth" in dataset.json changes that')
-    if several := int((slices["frames"] > 1).sum()):
-        notes.append(f"{several} file(s) of several frames: only the first is read")
+    notes += describe(slices, str(meta.get("depth", "")))
     digest = hashlib.sha256()
     for row in slices[["path", "split", "class", "sha256"]].itertuples(index=False):
         digest.update(unicodedata.normalize("NFC", "\0".join(row)).encode() + b"\n")
@@ -245,18 +241,29 @@ def _find_pictures(root: Path, folder: Path) -> tuple[list[str], list[str]]:
     return tuple(sorted(some, key=lambda path: path.split("/")) for some in found)
 
 
-def _settle_depth(slices: pd.DataFrame, wanted: str) -> None:
-    """Decide for all pictures of more than 8 bits how they are read: as `wanted`, else as most of them ask for."""
+def describe(slices: pd.DataFrame, wanted: str = "") -> list[str]:
+    """Decide how all pictures of more than 8 bits are read: as `wanted`, else as most of them ask for.
+
+    Args:
+        slices: `depth`, of each picture alone, becomes that of the set; `problem` says what does not fit it.
+    Returns:
+        what a user should know of the pictures: depth, files of several frames.
+    """
+    if slices.empty:
+        return []
+    several = int((slices["frames"] > 1).sum())
+    notes = [f"{several} file(s) of several frames: only the first is read"] * bool(several)
     own = slices["depth"]
     deep, known = own != "", own.isin(DEPTHS)
     if not deep.any():
-        return
+        return notes
     usual = wanted if wanted in DEPTHS else max(own[known], key=list(own[known]).count, default="16")
     for row in slices.index[deep & (own != usual)] if usual != wanted else ():
         depth = own[row]
         odd = f"{say_depth(depth)}, where most are {say_depth(usual)}" if depth in DEPTHS else depth.removeprefix("?")
         slices.loc[row, "problem"] = odd + ' (if it is right, say "depth" in dataset.json)'
     slices.loc[deep, "depth"] = usual
+    return [*notes, f'{deep.sum()} picture(s) read as {say_depth(usual)}; "depth" in dataset.json changes that']
 
 
 def _refuse_unreadable(folder: SliceFolder, problems: dict[str, str] | None = None) -> None:

@@ -36,6 +36,7 @@ from ctutils.data import (
     SPLIT_SEED,
     SPLITS,
     are_patients,
+    describe,
     read_patients,
     read_table,
     share_out,
@@ -46,6 +47,7 @@ from ctutils.pictures import (
     LUNG_WINDOW,
     MOST_BYTES,
     BadFile,
+    look,
     open_picture,
     quiet,
     to_grey,
@@ -124,7 +126,7 @@ class Listing:
     pictures: list[Picture] = dataclasses.field(default_factory=list)
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
-    several: int = 0  # pictures of several frames
+    facts: dict[str, dict] = dataclasses.field(default_factory=dict)  # of `pictures.look`, for each decoded picture
     meta: dict = dataclasses.field(default_factory=dict)
 
 
@@ -197,7 +199,8 @@ def _write(out: Path, format: str, listing: Listing, salt: str, bar: Callable) -
     for picture in bar(missing, desc="import"):
         try:
             content = picture.entry.read()
-            listing.several += not picture.checked and _decoded(content)[1] > 1
+            if not picture.checked:
+                _decode(listing, picture.entry.path, content)
         except BadFile as error:
             listing.skipped[str(picture.entry.path)] = str(error)
             bad.add(picture.path)
@@ -215,8 +218,13 @@ def _write(out: Path, format: str, listing: Listing, salt: str, bar: Callable) -
             table.to_csv(temporary, index=False, lineterminator="\n")
     found = {split: Counter(p.label for p in pictures if p.split == split) for split in SPLITS}
     counts = {split: dict(sorted(of_split.items())) for split, of_split in found.items() if of_split}
-    several = f"{listing.several} file(s) of several frames: only the first is read"
-    notes = listing.notes + [several] * bool(listing.several)
+    notes = listing.notes + describe(facts := pd.DataFrame([{"problem": "", **one} for one in listing.facts.values()]))
+    odd = [
+        f"'{path}': {problem}"
+        for path, problem in zip(listing.facts, facts.get("problem", ()), strict=False)
+        if problem
+    ]
+    notes += [f"copied, but train will refuse {'; '.join(odd)}"] * bool(odd)
     notes += [f"{n} file(s) left out: {reason}" for reason, n in sorted(Counter(listing.skipped.values()).items())]
     notes += [f"no slice of class '{label}' is left in {split}" for split, label in planned if not found[split][label]]
     base.write_json(
@@ -236,13 +244,13 @@ def _write(out: Path, format: str, listing: Listing, salt: str, bar: Callable) -
     }
 
 
-def _decoded(content: bytes) -> tuple[Image.Image | None, int]:
-    """Decode a picture: its own grey, None where only its data set can tell the depth; and its number of frames."""
+def _decode(listing: Listing, path: PurePosixPath, content: bytes) -> Image.Image | None:
+    """Return a picture in grey, None where only its data set can tell the depth; raises `BadFile`."""
     with open_picture(io.BytesIO(content)) as image:
-        try:
-            return to_grey(image), getattr(image, "n_frames", 1)
-        except BadFile:
-            return None, getattr(image, "n_frames", 1)
+        listing.facts[str(path)] = look(io.BytesIO(content))
+        with contextlib.suppress(BadFile):
+            return to_grey(image)
+    return None
 
 
 def _check_out(out: Path, pictures: list[Picture], meta: dict) -> None:
@@ -643,8 +651,7 @@ def _list_slices(
                 frames, row.words = read(row.entry)
                 grey, row.frames = Image.fromarray(frames[0]), len(frames)
             else:
-                grey, several = _decoded(row.entry.read())
-                listing.several += several > 1
+                grey = _decode(listing, row.entry.path, row.entry.read())
             row.sketch = _sketch(grey) if draw and grey and not row.patient else None
             rows.append(row)
         except (BadFile, CTError) as error:

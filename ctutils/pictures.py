@@ -67,19 +67,18 @@ _stderr = threading.Lock()
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep warnings of decoders from being printed, in all threads: `heard` gives them file by file."""
-    log = logging.getLogger("pydicom")
-    with warnings.catch_warnings():
+    logs = [logging.getLogger(name) for name in ("pydicom", "PIL.TiffImagePlugin", "PIL.PngImagePlugin")]
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, *_, **__: _listen(str(message))
-        log.addFilter(_ear := lambda record: _listen(record.getMessage()))
-        try:
-            yield
-        finally:
-            log.removeFilter(_ear)
+        for log in logs:
+            log.addFilter(ear := lambda record: _listen(record.getMessage()))
+            stack.callback(log.removeFilter, ear)
+        yield
 
 
 def _listen(text: str) -> None:
-    _heard.words = [*getattr(_heard, "words", []), " ".join(text.split())]
+    _heard.words = [*getattr(_heard, "words", [])[-20:], " ".join(text.split())]
 
 
 def heard() -> str:

@@ -141,6 +141,10 @@ def _of_files(folder: SliceFolder, slices: pd.DataFrame) -> Iterator[Finding]:
     bad = slices[slices["problem"] != ""]
     for fault, some in bad.groupby(bad["problem"].str.replace(r"'.*'|\d+", "...", regex=True), sort=False):
         yield "error", UNREADABLE, f"{{}} file(s): {fault}", some["path"] + " (" + some["problem"] + ")"
+    for note in folder.notes:
+        yield "info", "reading", note, None
+    warned = folder.slices[folder.slices["warned"] != ""]
+    yield "info", "decoder warnings", "{} file(s)", warned["path"] + " (" + warned["warned"] + ")"
     counts = slices["class"].value_counts()
     message = f"{len(slices)} slices, {len(counts)} classes; the largest class ({counts.index[0]}) is "
     message += f"{counts.iloc[0] / counts.iloc[-1]:.1f} times the smallest ({counts.index[-1]})"
