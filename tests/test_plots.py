@@ -1,5 +1,6 @@
 """plots: every figure has its title, labels and content, and fits a notebook."""
 
+import base64
 import io
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 from helpers import user_error
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from ctutils import plots
 
@@ -64,7 +66,36 @@ def test_every_figure_has_title_and_labels_and_fits_a_notebook(name):
         assert not ax.axison or (ax.get_xlabel() and ax.get_ylabel())
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
-    assert picture.tell() < 60_000
+    assert picture.tell() < 110_000
+
+
+def test_figures_can_be_read_from_the_last_row(monkeypatch):
+    assert plots.slice_grid([IMAGE] * 9, columns=9).size == 12, "at most 4 per row"
+    figure = plt.gcf()
+    figure.draw_without_rendering()
+    assert figure.dpi == 110 and figure.axes[0].get_window_extent().width > 200
+    small = {"font.size", "axes.labelsize", "xtick.labelsize", "ytick.labelsize", "legend.fontsize"}
+    assert {plt.rcParams[name] for name in small} == {11}
+    monkeypatch.setenv("CT_FIGURE_SCALE", "1.5")
+    plots.use_style()
+    assert plt.rcParams["figure.dpi"] == 165
+    for wrong in ("big", "9", "-1"):
+        monkeypatch.setenv("CT_FIGURE_SCALE", wrong)
+        with user_error(f"CT_FIGURE_SCALE '{wrong}'", "from 0.5 to 3"):
+            plots.use_style()
+
+
+@pytest.mark.parametrize("coloured", [False, True])
+def test_show_gives_the_picture_a_text(coloured, monkeypatch):
+    said = []
+    monkeypatch.setattr("IPython.display.display", lambda data, **options: said.append((data, options)))
+    plots.slice_grid([np.full((9, 9, 3), (250, 0, 0), np.uint8) if coloured else IMAGE])
+    plots.show("ILD < Normal")
+    (hidden, _), (picture, options) = said
+    assert hidden == {"text/html": '<span class="sr-only">ILD &lt; Normal</span>'} and not plt.get_fignums()
+    assert picture["text/plain"] == "ILD < Normal" and options["metadata"] == {"image/png": {"alt": "ILD < Normal"}}
+    shown = Image.open(io.BytesIO(base64.b64decode(picture["image/png"])))
+    assert shown.mode == ("RGB" if coloured else "P") and shown.width > 220
 
 
 def test_plots_does_not_import_torch():
