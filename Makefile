@@ -6,7 +6,7 @@ PY = .venv/bin/python
 PIP_QUIET = $(if $(CI),--quiet --progress-bar off)
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab notebooks sweeps lint bench bench-peers gpu clean
+.PHONY: help run test lab notebooks slides sweeps lint bench bench-peers gpu clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -24,6 +24,9 @@ lab: .venv/.installed ## JupyterLab on notebooks/
 
 notebooks: .venv/.installed ## run the notebooks in profile standard and store their outputs in place
 	$(PY) notebooks/run_notebooks.py --in-place $(if $(NOTEBOOKS),--only $(NOTEBOOKS))
+
+slides: .venv/.installed ## slides of the taught notebooks, in data/slides (some: NOTEBOOKS="05 09")
+	$(PY) notebooks/make_slides.py $(if $(NOTEBOOKS),--only $(NOTEBOOKS))
 
 SWEEPS = 10_augmentation 11_optimizers 12_epochs_and_unfreezing
 sweeps: .venv/.installed ## make all runs of notebooks 10 to 12 anew (hours on 2 cores), and the records that come with the course
