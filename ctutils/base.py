@@ -41,7 +41,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     removed and an older file at `path` stays as it was.
 
     Raises:
-        CTError: the disk is full. What else the system refuses comes as its own OSError.
+        CTError: the disk is full; the older file cannot be replaced. What else the system refuses comes as its own OSError.
     """
     path = Path(path)
     temporary = None
@@ -52,7 +52,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary = Path(name)
         yield temporary
         os.chmod(temporary, 0o644)  # mkstemp makes 0600, which a class sharing a folder could not read
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except PermissionError as error:
+            raise in_use(path, error) from error
     except (OSError, RuntimeError) as error:
         # torch.save raises a RuntimeError of its own while it handles the OSError of a full disk.
         cause = error if isinstance(error, OSError) else error.__context__
@@ -63,6 +66,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def in_use(path: Path, error: OSError) -> CTError:
+    """Return the error for a file that cannot be replaced: Windows allows it to nobody while a program has it open."""
+    found = f"'{path}', which cannot be replaced ({error.strerror}): another program may have it open"
+    mend = "close it there (a CSV in Excel, for example) and run the same command again"
+    return CTError(found, "a file that no program holds open", mend)
 
 
 def write_json(path: str | Path, content: object) -> None:

@@ -130,8 +130,6 @@ def open_picture(source: str | Path | io.IOBase, *, decode: bool = True) -> Iter
                     image.load()
                 with contextlib.suppress(Exception):  # a damaged EXIF says nothing
                     ImageOps.exif_transpose(image, in_place=True)
-                with contextlib.suppress(Exception):  # a damaged EXIF says nothing
-                    ImageOps.exif_transpose(image, in_place=True)
         yield image
 
 

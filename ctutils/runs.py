@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from ctutils.base import CTError, read_json, write_json
+from ctutils.base import CTError, in_use, read_json, write_json
 from ctutils.pictures import DEPTHS
 from ctutils.plan import Plan
 
@@ -141,6 +141,11 @@ def check_replaceable(folder: str | Path, fingerprint: str | None = None) -> Non
             "a new folder or an older record",
             "choose another folder for the record; this one was left as it was",
         )
+    for name in held:
+        try:
+            os.rename(folder / name, folder / name)  # does nothing, and fails where the record could not be replaced
+        except PermissionError as error:
+            raise in_use(folder / name, error) from error
     if fingerprint and "run.json" in held:
         try:
             data = load_run(folder).record["data"]

@@ -69,6 +69,16 @@ def test_full_disk_is_one_message_and_loses_nothing(tmp_path, monkeypatch, write
         pass
 
 
+def test_a_file_open_in_another_program_is_said_and_kept(tmp_path, monkeypatch):
+    """Windows: what Excel has open can be neither replaced nor removed."""
+    path = tmp_path / "file.csv"
+    path.write_text("old")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with user_error("file.csv", "another program", "Excel"), atomic_path(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "old" and files_below(tmp_path) == ["file.csv"]
+
+
 def test_json_goes_and_comes_back_in_plain_utf8(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"이름": ["폐렴", 1, None]})

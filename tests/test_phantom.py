@@ -158,6 +158,16 @@ def test_an_interrupted_set_is_finished_and_a_complete_one_left_alone(tiny, tmp_
     assert files(write(out)) == files(tiny) and len(writes) - before == 13 - 3 + 1
 
 
+def test_windows_gets_no_more_processes_than_it_can_wait_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dataset, "ProcessPoolExecutor", lambda workers, **_: asked.append(workers) or 1 / 0)
+    for platform in ("win32", "linux"):
+        monkeypatch.setattr(dataset.sys, "platform", platform)
+        with pytest.raises(ZeroDivisionError), dataset._mapped(len, [0] * 1000, 100):
+            pass
+    assert asked == [61, 100]
+
+
 def test_other_data_in_the_folder_is_an_error(tiny, tmp_path):
     with pytest.raises(CTError, match="another data set"):
         write(tiny, seed=4)

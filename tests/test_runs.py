@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,6 +147,22 @@ def test_a_full_disk_loses_nothing(folder, monkeypatch, part):
         monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save(folder, {"a": torch.ones(3)}, best_epoch=2)
+    assert content(folder) == before
+
+
+def test_a_record_open_in_excel_is_said_before_anything_is_lost(folder, monkeypatch):
+    save(folder, {"a": torch.zeros(3)})
+    before, rename = content(folder), os.rename
+
+    def windows(old, new):
+        if Path(old).name == "history.csv":
+            raise PermissionError(13, "used by another process")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", windows)
+    for call in (runs.check_replaceable, save):  # before training, and before writing
+        with user_error("history.csv", "another program", "Excel"):
+            call(folder)
     assert content(folder) == before
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from multiprocessing import get_context
@@ -215,7 +216,8 @@ def write_dataset(
 @contextlib.contextmanager
 def _mapped(make, jobs: list, workers: int | None):
     """Yield the iterator of make(job) in the order of the jobs, by several processes where that pays."""
-    workers = min(workers or os.cpu_count() or 1, max(1, len(jobs) // 4))
+    most = 61 if sys.platform == "win32" else len(jobs)  # Windows waits for no more processes at once
+    workers = min(workers or os.cpu_count() or 1, max(1, len(jobs) // 4), most)
     if workers == 1:
         yield map(make, jobs)
         return

@@ -11,7 +11,7 @@ Sections:
     t    time to a validation macro F1 of 0.80, every layer learning, EfficientNet-Lite0 with its real weights
 (d, fastai and Lightning, is peers.py.) Every repetition is a process of its own and the sides take turns, so
 that a ratio compares neighbours in time. CPU seconds include all children. Prints tables and writes
-data/bench/bench.json. Needs Linux or macOS.
+data/bench/bench.json. Windows counts no CPU seconds of children: compare wall seconds there.
 """
 
 import argparse
@@ -21,7 +21,6 @@ import json
 import os
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -278,6 +277,12 @@ def _resident_mb() -> float:
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would count what the parent held before this program began
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / (1 << 10)
+    if os.name == "nt":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / (1 << 20)
+    import resource  # of macOS: in bytes
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)
 
 
