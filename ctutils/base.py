@@ -41,7 +41,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     removed and an older file at `path` stays as it was.
 
     Raises:
-        CTError: the disk is full; the older file cannot be replaced. What else the system refuses comes as its own OSError.
+        CTError: the disk is full, or the older file cannot be replaced. What else the system refuses comes as its
+            own OSError.
     """
     path = Path(path)
     temporary = None

@@ -21,11 +21,19 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # names may hold what a terminal's encoding cannot show
         with contextlib.suppress(AttributeError):
             stream.reconfigure(errors="backslashreplace", encoding="utf-8" if "--json" in argv else None)
+    if argv == ["--version"]:
+        from ctutils.screen import versions
+
+        print(versions())
+        return 0
     options = _parser().parse_args(argv or ["--help"])
     # Before torch is loaded: waiting threads that spin cost several times the work when a core is busy elsewhere.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if options.json:
         os.environ.setdefault("CT_PROGRESS", "0")
+    for name in ("profile", "device"):
+        if value := getattr(options, name, None):
+            os.environ[f"CT_{name.upper()}"] = value  # worker processes read it, too
     try:
         return options.command(options)
     except KeyboardInterrupt:
@@ -56,13 +64,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from ctutils.screen import backbones_help
+
     about = "Transfer learning on chest CT slices. Not for clinical use."
     parser = argparse.ArgumentParser(prog="ctutils", description=about)
+    parser.add_argument("--version", action="store_true", help="print versions, and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, function, text: str) -> argparse.ArgumentParser:
+    def add(name: str, function, text: str, machine: bool = False) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("--json", action="store_true", help="print one JSON object")
+        if machine:
+            command.add_argument("--profile", help="quick, standard or full, instead of CT_PROFILE")
+            command.add_argument("--device", help="cpu, cuda or mps, instead of CT_DEVICE")
         command.set_defaults(command=function)
         return command
 
@@ -87,7 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     window = {"type": float, "nargs": 2, "default": (-600, 1500), "metavar": ("LEVEL", "WIDTH")}
     imp.add_argument("--window", **window, help="DICOM window in HU (default: lung, -600 1500)")
 
-    train = add("train", _train, "train a backbone's new head (or all of it) and write a run record")
+    train = add("train", _train, "train a backbone's new head (or all of it) and write a run record", machine=True)
+    train.epilog, train.formatter_class = backbones_help(), argparse.RawDescriptionHelpFormatter
     for field in dataclasses.fields(Plan):
         _add_option(train, field)
     train.add_argument(
@@ -95,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same name")
 
-    sweep = add("sweep", _sweep, "run a plan of many runs; skips what is done")
+    sweep = add("sweep", _sweep, "run a plan of many runs; skips what is done", machine=True)
     sweep.description, sweep.formatter_class = SWEEP_HELP, argparse.RawDescriptionHelpFormatter
     sweep.add_argument("plan", type=Path, help="TOML file")
     sweep.add_argument("--list", action="store_true", help="show the runs and what is done, run nothing")
@@ -115,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "show where each file is, its size and hash, and fetch nothing; exit 1 if one is missing or wrong"
     weights.add_argument("--list", action="store_true", help=text)
 
-    results = add("results", _results, "the table of all run records")
+    results = add("results", _results, "the table of all run records", machine=True)
     results.add_argument(
         "runs", type=Path, nargs="?", help="folder of records (default: data/runs/<profile>[-<CT_DATA>])"
     )
@@ -202,18 +217,19 @@ def _check(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace) -> int:
     from ctutils.importers import import_dataset
+    from ctutils.screen import import_text
 
     given = {"format": options.format, "window": tuple(options.window), "progress": not options.json}
     summary = import_dataset(options.src, options.out, **given)
-    left_out = [f"left out: {row['path']}: {row['reason']}" for row in summary["skipped"]]
-    lines = [f"{key}: {value}" for key, value in summary.items() if key not in ("skipped", "notes")]
-    _print(options, summary, "\n".join([*lines, *summary["notes"], *left_out]))
+    _print(options, summary, import_text(summary))
     return 0
 
 
 def _train(options: argparse.Namespace) -> int:
+    from ctutils.audit import stored_verdicts
     from ctutils.config import get_settings
     from ctutils.experiment import run_plan
+    from ctutils.screen import after_train, doubts
 
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Plan)}
     plan, settings = Plan(**fields), get_settings(options.data)
@@ -227,12 +243,15 @@ def _train(options: argparse.Namespace) -> int:
     content |= {"test_macro_f1": test["macro_f1"], "test_interval_95": [test["low"], test["high"]]}
     content |= {"test_per_class_f1": test["per_class"], "test_from_val": record["data"]["test_from_val"]}
     content |= {"seconds": record["seconds"], "interrupted": record["interrupted"]}
+    verdicts = stored_verdicts(record["data"]["fingerprint"], settings.cache_dir)
+    content |= {"warnings": [*record["data"]["notes"], *doubts(run, verdicts)]}
     half = " (half of the validation slices)" if record["data"]["test_from_val"] else ""
     text = (
         f"macro F1: validation {val['macro_f1']:.3f} (best epoch {record['best_epoch']} of {run.plan.epochs}), "
         f"test{half} {test['macro_f1']:.3f}, 95 % interval {test['low']:.3f} to {test['high']:.3f}\n"
         f"weights: {record['weights']['kind']}; {record['seconds']['total']:.0f} s; record in '{out}'"
     )
+    text = "\n".join([text, *after_train(run, settings.data_dir, verdicts)])
     _print(options, content, text)
     return 130 if record["interrupted"] else 0
 
@@ -333,11 +352,10 @@ def _audit_verdicts(run) -> list[str] | None:
 
 
 def _results(options: argparse.Namespace) -> int:
-    import pandas as pd
-
     from ctutils.config import get_settings
     from ctutils.results import comparison_table, results_markdown
     from ctutils.runs import list_runs, load_run
+    from ctutils.screen import results_table
 
     if options.card:
         from ctutils.card import model_card
@@ -359,9 +377,8 @@ def _results(options: argparse.Namespace) -> int:
         _print(options, {"markdown": text, "problems": problems}, text)
         print("".join(f"Left out: {problem}\n" for problem in problems), end="", file=sys.stderr)
         return 1 if problems and not runs else 0
-    table = comparison_table(runs) if runs else pd.DataFrame()
+    table = comparison_table(runs)
     content = {"runs": json.loads(table.to_json(orient="records")), "problems": problems}
-    with pd.option_context("display.width", 200, "display.max_columns", 30, "display.precision", 3):
-        text = "\n".join([table.to_string(index=False), *(f"Left out: {problem}" for problem in problems)])
-    _print(options, content, text)
+    lines = [results_table(table)] * bool(runs) + [f"Left out: {problem}" for problem in problems]
+    _print(options, content, "\n".join(lines))
     return 1 if problems and not runs else 0

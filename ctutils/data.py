@@ -153,6 +153,8 @@ def load_folder(root: str | Path, *, strict: bool = True, cache: Path | None = N
         meta = {}
     notes = [f"{len(unused)} file(s) in class folders not used, such as '{unused[0]}'"] if unused else []
     notes += describe(slices, str(meta.get("depth", "")))
+    if shared := (slices[slices["patient"] != ""].groupby("patient")["split"].nunique() > 1).sum():
+        notes.append(f"{shared} patient(s) have slices in two splits or more: scores will be too good")
     digest = hashlib.sha256()
     for row in slices[["path", "split", "class", "sha256"]].itertuples(index=False):
         digest.update(unicodedata.normalize("NFC", "\0".join(row)).encode() + b"\n")

@@ -97,8 +97,17 @@ def test_no_words_print_the_help_without_loading_anything_heavy():
     assert done.returncode == 0 and done.stderr == "heavy: []\n", done.stderr
     assert all(re.search(rf"^ +{command} ", done.stdout, re.MULTILINE) for command in COMMANDS)
     assert "Not for clinical use" in done.stdout
+    done = subprocess.run([sys.executable, "-m", "ctutils", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert re.fullmatch(r"ctutils [\d.]+, Python [\d.]+\S*, torch .+\n", done.stdout), done
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
     assert scripts == {"ctutils": "ctutils.cli:main"}
+
+
+def test_help_of_train_lists_the_backbones(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(any(re.match(rf"  {name} +\S+ +(real|fetched)", line) for line in lines) for name in BACKBONES)
 
 
 @pytest.mark.parametrize("words", [["fly"], ["train", "--epochs", "many"], ["train", "--lr", "fast"], ["predict"]])
@@ -151,6 +160,7 @@ def test_train_prints_one_json_object(call_json, project):
     assert set(content) == {
         *("run", "backbone", "weights", "epochs", "best_epoch", "val_macro_f1", "test_macro_f1"),
         *("test_interval_95", "test_per_class_f1", "test_from_val", "seconds", "interrupted"),
+        "warnings",
     }
     run = load_run(out)
     assert content["run"] == str(out) and run.plan.backbone == content["backbone"] == REAL
@@ -172,6 +182,13 @@ def test_train_in_words_uses_settings_for_what_is_left_out(call, call_json, proj
     assert "random weights, as asked for" in out, "the banner of random weights"
     assert re.search(r"macro F1: validation 0\.\d{3} \(best epoch 1 of 1\), test [01]\.\d{3}, 95 % interval", out)
     assert "weights: random" in out and str(folder / BN) in out
+    assert "fewer than 20 test slices of ILD 4" in out
+    assert re.search(r"^Next:\n  \S+ -m ctutils check ", out, re.MULTILINE)
+    for words in (["train", "--device", "tpu"], ["results", "--profile", "huge"]):
+        with monkeypatch.context() as patch:  # the options set the variables
+            patch.setenv("CT_DEVICE", "cpu")
+            patch.setenv("CT_PROFILE", "quick")
+            assert f"{words[1][2:]} '{words[2]}'" in call(*words)[2]
     assert call_json("results")["runs"][0]["backbone"] == f"{BACKBONES[BN].title}, 64 pixels", (
         "results look where train writes"
     )
@@ -346,6 +363,8 @@ def test_model_card_says_what_the_check_finds(call, call_json, mistake, run_fold
 
 
 def test_import_synth_and_check(call, call_json, mistake, project, tmp_path):
+    code, out, _ = call("import", project / "set", tmp_path / "as text")
+    assert code == 0 and re.search(r"^ILD +4 +4 +4$", out, re.MULTILINE) and "{" not in out and "ctutils check" in out
     content = call_json("import", project / "set", tmp_path / "imported")
     assert content["images"] == content["written"] == 36
     assert call_json("import", project / "set", tmp_path / "imported")["already_there"] == 36

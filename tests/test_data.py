@@ -405,6 +405,15 @@ def test_truncated_picture(root, tmp_path):
 TABLE = "{}\r\ntrain\\ILD\\slice 0.png, p 1 \n./val/ILD/slice 0.png,p2\nonly.png,p3\nslice 1.png,p4\nshort.png\n"
 
 
+def test_patients_in_two_splits_are_said(root):
+    for of_val, said in (
+        ("p2", []),
+        ("p1", ["1 patient(s) have slices in two splits or more: scores will be too good"]),
+    ):
+        (root / "patients.csv").write_text(f"path,patient\nval/ILD/slice 0.png,{of_val}\ntrain/ILD/slice 0.png,p1\n")
+        assert list(load_folder(root).notes) == said
+
+
 @pytest.mark.parametrize("name, header", [("patients.csv", "Path,Patient"), ("c.csv", "\ufefffile , Subject,x")])
 def test_patients_come_from_a_table_at_the_root(root, name, header):
     (root / "val" / "ILD" / "slice 1.png").rename(root / "val" / "ILD" / "only.png")

@@ -26,7 +26,7 @@ PACKAGE = ROOT / "ctutils"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # Rooms that the core never needs, and the modules that may name them, inside a function.
-OPTIONAL = {"phantom", "audit", "importers", "dicom", "fast", "card", "report"}
+OPTIONAL = {"phantom", "audit", "importers", "dicom", "fast", "card", "report", "screen"}
 LAZILY = {"cli": OPTIONAL, "features": {"fast"}, "data": {"phantom", "audit"}}
 CORE = {path.stem for path in PACKAGE.glob("*.py")} - OPTIONAL
 # torch takes seconds to import: only modules that are about it do so at their top.
