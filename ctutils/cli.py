@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from ctutils.screen import backbones_help
+    from ctutils.screen import IMPORT_HELP, SWEEP_HELP, backbones_help
 
     about = "Transfer learning on chest CT slices. Not for clinical use."
     parser = argparse.ArgumentParser(prog="ctutils", description=about)
@@ -165,26 +165,6 @@ def _add_option(command: argparse.ArgumentParser, field: dataclasses.Field) -> N
         command.add_argument(flag, type=convert, default=field.default, metavar=field.name.upper(), help=text)
 
 
-SWEEP_HELP = """\
-Run a plan of many runs: backbones x settings x seeds, from a TOML file (examples: notebooks/plans/).
-
-What is done is skipped, an interrupted run goes on, a failed one does not stop the rest (exit code 1 at the
-end). The records stand in data/runs/<profile>/<plan>/. Not for clinical use.
-
-As a job array, one run a task (Slurm; --list shows the indices; make the data set first):
-
-  python -m ctutils synth data/synthetic_full --train 8001 --val 1000 --test 1000
-  sbatch --array=0-11 --gres=gpu:1 --wrap 'python -m ctutils sweep PLAN.toml --index $SLURM_ARRAY_TASK_ID'
-"""
-
-
-IMPORT_HELP = """\
-Bring AI Hub's delivery, DICOM or another folder layout into the course's layout. Classes come from folders, or from a
-file labels.csv in SRC with the columns path, class and, if wanted, split and patient; a path is a file or a folder
-(a patient's, for example). What is left out is named.
-"""
-
-
 def _print(options: argparse.Namespace, content: dict, text: str) -> None:
     print(json.dumps(content, ensure_ascii=False) if options.json else text)
 
@@ -229,7 +209,7 @@ def _train(options: argparse.Namespace) -> int:
     from ctutils.audit import stored_verdicts
     from ctutils.config import get_settings
     from ctutils.experiment import run_plan
-    from ctutils.screen import after_train, doubts
+    from ctutils.screen import doubts, train_text
 
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Plan)}
     plan, settings = Plan(**fields), get_settings(options.data)
@@ -245,14 +225,7 @@ def _train(options: argparse.Namespace) -> int:
     content |= {"seconds": record["seconds"], "interrupted": record["interrupted"]}
     verdicts = stored_verdicts(record["data"]["fingerprint"], settings.cache_dir)
     content |= {"warnings": [*record["data"]["notes"], *doubts(run, verdicts)]}
-    half = " (half of the validation slices)" if record["data"]["test_from_val"] else ""
-    text = (
-        f"macro F1: validation {val['macro_f1']:.3f} (best epoch {record['best_epoch']} of {run.plan.epochs}), "
-        f"test{half} {test['macro_f1']:.3f}, 95 % interval {test['low']:.3f} to {test['high']:.3f}\n"
-        f"weights: {record['weights']['kind']}; {record['seconds']['total']:.0f} s; record in '{out}'"
-    )
-    text = "\n".join([text, *after_train(run, settings.data_dir, verdicts)])
-    _print(options, content, text)
+    _print(options, content, train_text(run, settings.data_dir, verdicts))
     return 130 if record["interrupted"] else 0
 
 
@@ -314,6 +287,7 @@ def _predict(options: argparse.Namespace) -> int:
 def _weights(options: argparse.Namespace) -> int:
     from ctutils import weights
     from ctutils.config import get_settings
+    from ctutils.screen import weights_line
 
     named = get_settings().weights
     folder = options.to or (None if named in weights.WORDS else Path(named))
@@ -321,19 +295,14 @@ def _weights(options: argparse.Namespace) -> int:
     say = (lambda text: None) if options.json else print
     if not options.list and (ready := weights.to_fetch(rows, folder)):
         size = sum(row["bytes"] or 0 for row in ready) / 1e6
-        say("\n".join([f"To fetch: {size:.0f} MB", *map(_weights_line, ready)]))
+        say("\n".join([f"To fetch: {size:.0f} MB", *map(weights_line, ready)]))
         weights.fetch_weights(rows, folder, say)
         rows = weights.weights_table(options.backbones, folder)
     bad = [row["file"] for row in rows if row["where"] == "missing" or row["hash"] == "wrong"]
     end = f"missing or wrong: {', '.join(bad)}" if bad else f"all whole{f'; CT_WEIGHTS={folder}' if options.to else ''}"
     content = {"folder": str(folder) if folder else None, "weights": rows}
-    _print(options, content, "\n".join([*map(_weights_line, rows), f"{len(rows)} files, {end}"]))
+    _print(options, content, "\n".join([*map(weights_line, rows), f"{len(rows)} files, {end}"]))
     return 1 if bad else 0
-
-
-def _weights_line(row: dict) -> str:
-    size = f"{row['bytes'] / 1e6:.0f}" if row["bytes"] else "?"
-    return f"{row['backbone']:<20}{row['file']:<36}{row['where']:<13}{size:>5} MB  hash {row['hash'] or '-'}"
 
 
 def _audit_verdicts(run) -> list[str] | None:

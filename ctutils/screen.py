@@ -24,6 +24,26 @@ if TYPE_CHECKING:
 FEW = 20  # test slices of a class; below, a handful of slices decides its F1
 
 
+SWEEP_HELP = """\
+Run a plan of many runs: backbones x settings x seeds, from a TOML file (examples: notebooks/plans/).
+
+What is done is skipped, an interrupted run goes on, a failed one does not stop the rest (exit code 1 at the
+end). The records stand in data/runs/<profile>/<plan>/. Not for clinical use.
+
+As a job array, one run a task (Slurm; --list shows the indices; make the data set first):
+
+  python -m ctutils synth data/synthetic_full --train 8001 --val 1000 --test 1000
+  sbatch --array=0-11 --gres=gpu:1 --wrap 'python -m ctutils sweep PLAN.toml --index $SLURM_ARRAY_TASK_ID'
+"""
+
+
+IMPORT_HELP = """\
+Bring AI Hub's delivery, DICOM or another folder layout into the course's layout. Classes come from folders, or from a
+file labels.csv in SRC with the columns path, class and, if wanted, split and patient; a path is a file or a folder
+(a patient's, for example). What is left out is named.
+"""
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence], numbers: int = 0, width: int | None = None) -> str:
     """Return lines of aligned columns; the widest text is cut in its middle until a line fits.
 
@@ -119,14 +139,22 @@ def doubts(run: "Run", verdicts: list[str] | None) -> list[str]:
     return said
 
 
-def after_train(run: "Run", root: Path, verdicts: list[str] | None) -> list[str]:
-    """Return lines for the end of `train`: doubts, and the next commands to type."""
+def train_text(run: "Run", root: Path, verdicts: list[str] | None) -> str:
+    """Return what `train` says at its end: scores, doubts, and the next commands to type."""
+    record = run.record
+    val, test = record["scores"]["val"], record["scores"]["test"]
+    half = " (half of the validation slices)" if record["data"]["test_from_val"] else ""
+    lines = [
+        f"macro F1: validation {val['macro_f1']:.3f} (best epoch {record['best_epoch']} of {run.plan.epochs}), "
+        f"test{half} {test['macro_f1']:.3f}, 95 % interval {test['low']:.3f} to {test['high']:.3f}",
+        f"weights: {record['weights']['kind']}; {record['seconds']['total']:.0f} s; record in '{run.folder}'",
+    ]
     slices = [root / path for path in run.of_split("test")["path"]]
     example = next((path for path in slices[:1] if path.is_file()), "slice.png")
     wrong = verdicts is None or any(verdict.startswith("error: ") for verdict in verdicts)
     steps = [("check", root)] * wrong + [("predict", run.folder, example), ("results", "--card", run.folder)]
-    lines = [textwrap.fill(f"Careful: {text}", 80, subsequent_indent=" " * 9) for text in doubts(run, verdicts)]
-    return [*lines, "Next:", *(f"  {command(*step)}" for step in steps)]
+    lines += [textwrap.fill(f"Careful: {text}", 80, subsequent_indent=" " * 9) for text in doubts(run, verdicts)]
+    return "\n".join([*lines, "Next:", *(f"  {command(*step)}" for step in steps)])
 
 
 def backbones_help() -> str:
@@ -144,6 +172,12 @@ def versions() -> str:
     found = {"ctutils": ctutils.__version__, "Python": platform.python_version()}
     found |= {name: metadata.version(name) for name in ("torch", "torchvision", "timm")}
     return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def weights_line(row: dict) -> str:
+    """Return one weight file's row of `weights.weights_table`."""
+    size = f"{row['bytes'] / 1e6:.0f}" if row["bytes"] else "?"
+    return f"{row['backbone']:<20}{row['file']:<36}{row['where']:<13}{size:>5} MB  hash {row['hash'] or '-'}"
 
 
 def command(*words: object) -> str:

@@ -31,9 +31,12 @@ def test_a_table_counts_hangul_as_two_places_and_cuts_names_in_their_middle():
 
 
 def run(**counts: int) -> SimpleNamespace:
-    record = {"data": {"counts": {"test": counts}}, "scores": {"test": {"low": 0.31, "high": 0.72}}}
+    scores = {"val": {"macro_f1": 0.6}, "test": {"macro_f1": 0.5, "low": 0.31, "high": 0.72}}
+    record = {"data": {"counts": {"test": counts}, "test_from_val": True}, "scores": scores, "best_epoch": 2}
+    record |= {"weights": {"kind": "imagenet"}, "seconds": {"total": 3}}
     table = {"path": [f"test/ILD/slice {k}.png" for k in range(3)]}
-    return SimpleNamespace(record=record, of_split=lambda split: table, folder=Path.cwd() / "runs" / "one run")
+    plan, folder = SimpleNamespace(epochs=10), Path.cwd() / "runs" / "one run"
+    return SimpleNamespace(record=record, plan=plan, of_split=lambda split: table, folder=folder)
 
 
 def test_doubts_are_said_and_only_these():
@@ -46,11 +49,13 @@ def test_doubts_are_said_and_only_these():
 def test_what_to_type_next_can_be_typed(tmp_path, monkeypatch):
     monkeypatch.setattr(screen.os, "name", "posix")
     for verdicts, first in ((None, "check"), (["error: a: b"], "check"), (["info: a: b"], "predict")):
-        steps = [shlex.split(line) for line in screen.after_train(run(ILD=30), tmp_path, verdicts) if line[:2] == "  "]
+        lines = screen.train_text(run(ILD=30), tmp_path, verdicts).splitlines()
+        steps = [shlex.split(line) for line in lines if line[:2] == "  "]
         assert [words[3] for words in steps][:1] == [first] and all(words[1:3] == ["-m", "ctutils"] for words in steps)
     assert steps[0][4:] == ["runs/one run", "slice.png"], "no such slice: a name to replace"
     (tmp_path / "test" / "ILD").mkdir(parents=True)
     (tmp_path / "test" / "ILD" / "slice 0.png").touch()
-    assert shlex.split(screen.after_train(run(ILD=30), tmp_path, [])[-2])[-1] == str(tmp_path / "test/ILD/slice 0.png")
+    line = screen.train_text(run(ILD=30), tmp_path, []).splitlines()[-2]
+    assert shlex.split(line)[-1] == str(tmp_path / "test/ILD/slice 0.png")
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/ctutils"])
     assert screen.command("check", "a b") == "ctutils check 'a b'"
