@@ -208,14 +208,20 @@ def _import(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from ctutils.audit import stored_verdicts
     from ctutils.config import get_settings
-    from ctutils.experiment import run_plan
     from ctutils.screen import doubts, train_text
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # torchrun
+        from ctutils.distributed import run_together as run_plan
+    else:
+        from ctutils.experiment import run_plan
 
     fields = {field.name: getattr(options, field.name) for field in dataclasses.fields(Plan)}
     plan, settings = Plan(**fields), get_settings(options.data)
     out = options.out or settings.runs_dir / plan.backbone
     say = (lambda text: None) if options.json else print
     run = run_plan(plan, settings, out, resume=options.resume, replace=False, say=say)
+    if run is None:  # the first process says it
+        return 0
     record = run.record
     val, test = record["scores"]["val"], record["scores"]["test"]
     content = {"run": str(out), "backbone": run.plan.backbone, "weights": record["weights"]["kind"]}

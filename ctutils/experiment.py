@@ -219,16 +219,22 @@ def fit(
     checkpoint: Path | None = None,
     resume: bool = False,
     say: Callable[[str], None] = print,
+    team=None,
 ) -> TrainResult:
     """Step 4: make criterion, optimizer and scheduler as planned, and call `train_model`.
 
     When the memory is full, images go through in halves from there on, beginning with the last checkpoint; the
     batch size and its gradient stay the same.
 
+    Args:
+        team: of the optional room `distributed`, when several processes train together.
     Raises:
         CTError: a loss that is not a number; memory too small for one slice.
     """
     plan, learner = plan.resolved(settings), network.learner
+    if team:
+        learner, loaders = team.join(learner, loaders)
+    tried = learner
     if plan.ema:
         learner = Averaged(learner, plan.ema)
     criterion = nn.CrossEntropyLoss(label_smoothing=plan.label_smoothing)
@@ -245,9 +251,7 @@ def fit(
                 network.lr = plan.lr
                 if plan.lr == "range":
                     trial = build_optimizer(plan, network, 1e-6)
-                    network.lr_range = training.lr_range_test(
-                        network.learner, criterion, trial, loaders, seed=plan.seed
-                    )
+                    network.lr_range = training.lr_range_test(tried, criterion, trial, loaders, seed=plan.seed)
                     network.lr = training.pick_rate(network.lr_range)
                 optimizer = build_optimizer(plan, network, network.lr)
                 if plan.ema:
@@ -268,7 +272,7 @@ def fit(
                 say(f"{error} Training starts again.")
                 checkpoint.unlink(missing_ok=True)
             except (RuntimeError, MemoryError) as error:
-                if not training.is_out_of_memory(error) or network.cached:
+                if not training.is_out_of_memory(error) or network.cached or team:
                     raise
                 at_once = min(network.whole.at_once or plan.batch_size, plan.batch_size)
                 if at_once == 1:
@@ -375,6 +379,7 @@ def run_plan(
     keep_weights: bool = True,
     replace: bool = True,
     note: dict | None = None,
+    team=None,
 ) -> Run:
     """Take the five steps, and write the run record; an older one there is replaced at the very end.
 
@@ -384,7 +389,7 @@ def run_plan(
             another one is an error, or with "if_same" a reason to start again; None writes no checkpoint, which for a
             large network takes as long as an epoch.
         say: where the few lines for the user go.
-        keep_weights, note: as for `record`.
+        keep_weights, note: as for `record`; team: as for `fit`.
         replace: also a record of other slices.
     Returns:
         the record, as read back.
@@ -427,7 +432,9 @@ def run_plan(
         for path in others if resume else [checkpoint, *others]:
             path.unlink(missing_ok=True)
         saved = {"checkpoint": None if resume is None else checkpoint, "resume": bool(resume)}
-        result = fit(*(plan, settings, folder, network, loaders), **saved, say=say)
+        if team:
+            team.tell(saved)
+        result = fit(*(plan, settings, folder, network, loaders), **saved, team=team, say=say)
         if not result.history:
             raise KeyboardInterrupt  # in the first epoch: there is nothing to record
         options = {"seconds": time.perf_counter() - start, "keep_weights": keep_weights, "note": note}

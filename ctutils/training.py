@@ -311,7 +311,9 @@ def _identity(model, optimizer, scheduler, seed) -> dict[str, str]:
 
 
 def save_checkpoint(path, result: TrainResult, optimizer, scheduler, seed: int, best_weights: dict) -> None:
-    """Save all that the next epoch depends on, atomically."""
+    """Save all that the next epoch depends on, atomically; of several processes (`distributed`) the first does."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     state = {
         "run": _identity(result.model, optimizer, scheduler, seed),
         "model": changing_state(result.model),
