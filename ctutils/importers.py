@@ -26,22 +26,10 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ctutils import base
+from ctutils import base, data
 from ctutils.base import CTError
-from ctutils.data import (
-    PATH_COLUMNS,
-    PATIENT_COLUMNS,
-    SHARE,
-    SPLIT_NAMES,
-    SPLIT_SEED,
-    SPLITS,
-    are_patients,
-    describe,
-    read_patients,
-    read_table,
-    share_out,
-)
 from ctutils.dicom import DICOM_SUFFIXES, PATIENT_KEYS, is_dicom, read_dicom
+from ctutils.kaggle import PREFIX, fetch, same_names
 from ctutils.pictures import (
     IMAGE_SUFFIXES,
     LUNG_WINDOW,
@@ -144,7 +132,7 @@ def import_dataset(
     A stopped import goes on where it stopped when it is run again: files already there are kept.
 
     Args:
-        src: a folder, or one .tar or .zip; never changed.
+        src: a folder, or one .tar or .zip; never changed. Or `kaggle:OWNER/NAME`, which is downloaded first.
         out: a new folder, or the one of an earlier, stopped import of the same source.
         format: "aihub", "dicom" or "folder"; None looks.
         window: level and width in HU, for DICOM.
@@ -157,7 +145,8 @@ def import_dataset(
         CTError: nothing to import, contradicting labels, patients instead of classes, a damaged or unsafe archive, a
             missing zip part, `out` inside `src`, or `out` with other files.
     """
-    src, out = Path(src), Path(out)
+    asked = str(src) if str(src).startswith(PREFIX) else ""
+    src, out = fetch(asked) if asked else Path(src), Path(out)
     if not src.exists():
         raise CTError(f"no file or folder '{src}'", "a delivery to import", "check the path")
     if out.resolve().is_relative_to(src.resolve()):
@@ -175,6 +164,7 @@ def import_dataset(
             _list_slices(listing, src, entries, window if format == "dicom" else None, bar)
         else:
             raise CTError(f"format '{format}'", "one of aihub, dicom, folder", "give one of these, or none")
+        listing.meta |= {"name": asked} if asked else {}
         if listing.pictures:
             return _write(out, format, listing, salt or secrets.token_hex(16), bar)
         raise _nothing(src, format, listing.skipped)
@@ -216,14 +206,11 @@ def _write(out: Path, format: str, listing: Listing, salt: str, bar: Callable) -
         table = pd.DataFrame({"path": [p.path for p in pictures], "patient": hashes})
         with base.atomic_path(out / "patients.csv") as temporary:
             table.to_csv(temporary, index=False, lineterminator="\n")
-    found = {split: Counter(p.label for p in pictures if p.split == split) for split in SPLITS}
+    found = {split: Counter(p.label for p in pictures if p.split == split) for split in data.SPLITS}
     counts = {split: dict(sorted(of_split.items())) for split, of_split in found.items() if of_split}
-    notes = listing.notes + describe(facts := pd.DataFrame([{"problem": "", **one} for one in listing.facts.values()]))
-    odd = [
-        f"'{path}': {problem}"
-        for path, problem in zip(listing.facts, facts.get("problem", ()), strict=False)
-        if problem
-    ]
+    facts = pd.DataFrame([{"problem": "", **one} for one in listing.facts.values()])
+    notes = listing.notes + data.describe(facts)
+    odd = [f"'{path}': {why}" for path, why in zip(listing.facts, facts.get("problem", ()), strict=False) if why]
     notes += [f"copied, but train will refuse {'; '.join(odd)}"] * bool(odd)
     notes += [f"{n} file(s) left out: {reason}" for reason, n in sorted(Counter(listing.skipped.values()).items())]
     notes += [f"no slice of class '{label}' is left in {split}" for split, label in planned if not found[split][label]]
@@ -261,7 +248,7 @@ def _check_out(out: Path, pictures: list[Picture], meta: dict) -> None:
     same = all(old.get(key) == meta.get(key) for key in ("name", "format", "window"))
     for left_over in out.rglob(".tmp-*") if same else ():  # from an import that was killed
         left_over.unlink()
-    there = (path for split in SPLITS for path in (out / split).rglob("*") if path.is_file())
+    there = (path for split in data.SPLITS for path in (out / split).rglob("*") if path.is_file())
     others = {path.relative_to(out).as_posix() for path in there} - {picture.path for picture in pictures}
     if others or not same:
         found = f"'{out}' with other files" + (f", such as '{min(others)}'" if others else "")
@@ -302,8 +289,8 @@ def _plain(part: str) -> str:
 def _split_of(*parts: str) -> str | None:
     """Find the split in the parts of a path: a folder like `1.Training`, or AI Hub's archives TS, TL, VS, VL."""
     for part in parts:
-        if _plain(part) in SPLIT_NAMES:
-            return SPLIT_NAMES[_plain(part)]
+        if _plain(part) in data.SPLIT_NAMES:
+            return data.SPLIT_NAMES[_plain(part)]
         if short := re.match(r"([TV])[SL]([_.].*)?\.(zip|tar)$", part):
             return {"T": "train", "V": "val"}[short[1]]
     return None
@@ -567,11 +554,12 @@ def _read_labels(table: Entry, entries: list[Entry], skipped: dict[str, str]) ->
     below = {str(e.path.relative_to(home)): e for e in entries if e.path.is_relative_to(home)}
     known = {str(path) for name in below for path in (PurePosixPath(name), *PurePosixPath(name).parents)}
     try:
-        content = read_table(table.read())
+        content = data.read_table(table.read())
     except ValueError as error:
         raise CTError(f"labels.csv that cannot be read ({error})", "a CSV file", mend) from error
     lower = {name.strip().lower(): name for name in reversed(content.columns)}
-    names = {"path": PATH_COLUMNS, "class": ("class", "label"), "split": ("split",), "patient": PATIENT_COLUMNS}
+    names = {"path": data.PATH_COLUMNS, "class": ("class", "label"), "split": ("split",)}
+    names |= {"patient": data.PATIENT_COLUMNS}
     columns = {key: next((lower[name] for name in some if name in lower), None) for key, some in names.items()}
     if not (columns["path"] and columns["class"]):
         raise CTError(f"labels.csv with the columns {', '.join(content)}", "path and class", mend)
@@ -609,14 +597,14 @@ def _find_rows(listing: Listing, src: Path, entries: list[Entry], dicom: bool) -
     tables = [entry for entry in entries if entry.path.name == "labels.csv"]
     rows = _read_labels(tables[0], mine, listing.skipped) if tables else _place(mine, listing.skipped)
     labels = sorted({row.label for row in rows if row.label})
-    if not tables and are_patients(labels):
+    if not tables and data.are_patients(labels):
         found = f"{len(labels)} folders that look like patients ({', '.join(labels[:3])}, ...), not classes, in '{src}'"
         raise CTError(found, "one folder a class", f"write {LABELS_CSV}, and put it into the folder")
     if rows and not dicom and rows[0].label is None:
         found = f"pictures without class folders in '{src}'"
         raise CTError(found, "<class>/*.png", f"sort them into class folders, or write {LABELS_CSV}")
     if src.is_dir():
-        known = read_patients(src, pd.Series([str(row.entry.path) for row in rows], dtype=str))[0]
+        known = data.read_patients(src, pd.Series([str(row.entry.path) for row in rows], dtype=str))[0]
         for row, patient in zip(rows, known, strict=True):
             row.patient = row.patient or patient
     return rows
@@ -644,6 +632,11 @@ def _list_slices(
         return io.BytesIO(file.getvalue())
 
     found, rows = _find_rows(listing, src, entries, bool(window)), []
+    named = any(entry.path.name == "labels.csv" for entry in entries)
+    names = {} if named else same_names({(row.split, row.label) for row in found if row.label})
+    for row in found:
+        row.label = names.get(row.label, row.label)
+    listing.notes += [f"class folder '{a}' counts as '{b}', its name in another split" for a, b in names.items()]
     draw = bool(found) and found[0].split is None and found[0].label is not None
     for row in bar(found, desc="read slices") if window or draw else ():
         try:
@@ -711,10 +704,10 @@ def _draw(listing: Listing, rows: list[Row], key: str) -> list[str]:
     if key and len(each) > 2 and each.max() == 1:
         found = f"{len(each)} class folders of one patient each ({', '.join(each.index[:3])}, ...)"
         raise CTError(found, "classes, each of several patients", f"write {LABELS_CSV}, and put it into the folder")
-    splits = share_out(labels, groups, {"train": 1 - 2 * SHARE, "val": SHARE, "test": SHARE})
+    splits = data.share_out(labels, groups, {"train": 1 - 2 * data.SHARE, "val": data.SHARE, "test": data.SHARE})
     by = "patients" if key else "slices"
     twins = ", near twins kept together" if unknown else ""
-    listing.notes.append(f"no split folders: {by} split 70/15/15 by class, seed {SPLIT_SEED}{twins}")
+    listing.notes.append(f"no split folders: {by} split 70/15/15 by class, seed {data.SPLIT_SEED}{twins}")
     return splits
 
 

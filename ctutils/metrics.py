@@ -76,8 +76,8 @@ def score_interval(y_true: np.ndarray, y_pred_or_score: np.ndarray, metric: str 
     Args:
         y_pred_or_score: predicted classes int (N,), or scores float (N, C).
         metric: "macro_f1" or "accuracy".
-        options: n=2000 draws, their seed=0, level=0.95; num_classes, for classes in neither of two label arrays;
-            patients, str (N,), "" where unknown: then patients are drawn instead of slices.
+        options: level=0.95, seed=0, n draws (2000; more for a higher level); num_classes, for classes in neither of
+            two label arrays; patients, str (N,), "" where unknown: then patients are drawn instead of slices.
     Source: C. Goutte and E. Gaussier, 2005, https://doi.org/10.1007/978-3-540-31865-1_25
     """
     return Interval(*_interval(y_true, [y_pred_or_score], [1], metric, **options))
@@ -110,7 +110,7 @@ def seeds_difference(
 
     As `score_interval` with its options, on the joint table of what all runs say of the same slices, in one order.
     The interval does not cover the choice of seeds: show beside it how far they lie apart. Of many pairs of equal
-    models about one in twenty seems to differ. `names` is what the verdict calls the two.
+    models one in twenty seems to differ (for m: level=1 - 0.05 / m). `names` is what the verdict calls the two.
     """
     if not len(scores_a) or not len(scores_b):
         raise CTError("no scores", "one run or more of both ways", "train them first")
@@ -120,8 +120,9 @@ def seeds_difference(
     return PairedDifference(*found, f"{higher} is higher" if higher else "not distinguishable on these slices")
 
 
-def _interval(y_true, given, weights, metric, n=2000, seed=0, level=0.95, num_classes=None, patients=None):
+def _interval(y_true, given, weights, metric, n=None, seed=0, level=0.95, num_classes=None, patients=None):
     """Return (value, low, high) of the weighted sum of M models' scores, from `n` drawn confusion matrices of each."""
+    n = n or round(100 / (1 - level))  # 50 of them lie beyond either end
     y_true, preds, num_classes = _labels(y_true, given, num_classes)
     value = float(np.dot([_score(confusion(y_true, y_pred, num_classes), metric) for y_pred in preds], weights))
     rng, model, one_hot = np.random.default_rng(seed), np.arange(len(preds)), np.eye(num_classes)

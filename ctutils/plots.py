@@ -245,7 +245,7 @@ def setting_differences(table: pd.DataFrame, title: str | None = None, ax: Axes 
     against = table["against"].iloc[0] if table["against"].nunique() == 1 else "the setting it is compared with"
     clear = int(((table["low"] > 0) | (table["high"] < 0)).sum())
     title = title or f"Difference in macro F1: {clear or 'none'} of {len(table)} distinguishable"
-    xlabel = f"macro F1 minus that of: {against} (line: 95 % interval, dots: seeds)"
+    xlabel = f"macro F1 minus that of: {against} (line: {100 * table['level'].iloc[0]:.3g} % interval, dots: seeds)"
     difference_intervals(table.assign(name=names), title, xlabel, ax)
     for place, values in enumerate(table["seed_differences"]):
         ax.plot(values, [place + 0.25] * len(values), ".", color=GREY, alpha=0.6)

@@ -148,22 +148,22 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
 # ---------------------------------------------------------------- settings of a sweep
 
 
-def compare_settings(sweep, runs: dict[tuple[str, str], list[Run]], split: str = "val") -> pd.DataFrame:
+def compare_settings(sweep, runs: dict[tuple, list[Run]], split: str = "val", level: float = 0.95) -> pd.DataFrame:
     """Return one row a setting and backbone: its points over seeds, and its difference to the one it is against.
 
     Columns: setting, backbone, points (macro F1, one a seed), mean, against, difference (of the means over
-    seeds), low, high (95 % interval of the difference over slices, or over patients where all runs know them),
+    seeds), low, high (interval of the difference over slices, or over patients where all runs know them), level,
     seed_differences (one a seed), seeds_agree (seeds whose own difference has the same sign, e.g. "3 of 3"),
-    verdict. From `difference` on they are empty where there is nothing to compare with; where the plan gives the
-    two other slices to be scored on, the verdict says so.
+    verdict. From `difference` on empty where there is nothing to compare with, or other slices: the verdict says so.
 
     Args:
         sweep, runs: from `ctutils.sweep`: `read_sweep` and `load_sweep`.
         split: whose predictions; settings are chosen on val, and test is opened once, for the one chosen.
+        level: of the intervals; 1 - 0.05 / m for a table of m comparisons, then 95 % hold for all together.
     Raises:
         CTError: records that do not belong together: other slices, or some with random weights and some without.
     """
-    columns = "setting backbone points mean against difference low high seed_differences seeds_agree verdict".split()
+    columns = "setting backbone points mean against difference low high level seed_differences seeds_agree verdict"
     rows, groups = [], sweep.groups()
     for (setting, backbone), ours in runs.items():
         plan, against = groups[setting, backbone][0].plan, groups[setting, backbone][0].against
@@ -186,13 +186,13 @@ def compare_settings(sweep, runs: dict[tuple[str, str], list[Run]], split: str =
         if theirs:
             patients = ours[0].patients(split) if all(run.patients(split) is not None for run in both) else None
             scores = [[run.y_score(split) for run in some] for some in (ours, theirs)]
-            options = {"names": (setting, against), "patients": patients}
-            row |= metrics.seeds_difference(ours[0].y_true(split), *scores, **options)._asdict()
+            options = {"names": (setting, against), "patients": patients, "level": level}
+            row |= {"level": level} | metrics.seeds_difference(ours[0].y_true(split), *scores, **options)._asdict()
             apart = [a - _macro_f1(run, split) for a, run in zip(points, theirs, strict=False)]
             row["seed_differences"] = tuple(round(value, 4) for value in apart)
             row["seeds_agree"] = f"{sum(value * row['difference'] > 0 for value in apart)} of {len(apart)}"
         rows.append(row)
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=columns.split())
 
 
 def _scored_on(plan, split: str) -> str:
@@ -205,7 +205,7 @@ def say_differences(table: pd.DataFrame) -> list[str]:
     said = []
     for row in table.dropna(subset=["difference"]).itertuples():
         claim = "higher than" if row.low > 0 else "lower than" if row.high < 0 else "not distinguishable from"
-        numbers = f"{row.difference:+.3f} macro F1 (95 % interval {row.low:+.3f} to {row.high:+.3f}"
+        numbers = f"{row.difference:+.3f} macro F1 ({100 * row.level:.3g} % interval {row.low:+.3f} to {row.high:+.3f}"
         seeds = f"same sign in {row.seeds_agree} seeds)"
         said.append(f"{row.backbone}, {row.setting}: {claim} {row.against}: {numbers}, {seeds}")
     return said

@@ -40,7 +40,7 @@ As a job array, one run a task (Slurm; --list shows the indices; make the data s
 IMPORT_HELP = """\
 Bring AI Hub's delivery, DICOM or another folder layout into the course's layout. Classes come from folders, or from a
 file labels.csv in SRC with the columns path, class and, if wanted, split and patient; a path is a file or a folder
-(a patient's, for example). What is left out is named.
+(a patient's, for example). What is left out is named. kaggle:OWNER/NAME is downloaded first (pip install kagglehub).
 """
 
 

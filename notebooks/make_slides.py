@@ -94,9 +94,21 @@ def lines_of(text: str, width: int) -> int:
     return sum(1 + max(len(line) - 1, 0) // width for line in text.split("\n"))
 
 
+def cut(text: str, most: int) -> list[str]:
+    """Return a text in parts of at most `most` lines, cut where a line is empty or least indented."""
+    lines, parts = text.rstrip().split("\n"), []
+    while len(lines) > most:
+        depth = [len(line) - len(line.lstrip()) if line.strip() else -1 for line in lines[: most + 1]]
+        at = min(range(most // 2, most + 1), key=lambda k: (depth[k], -k))
+        parts.append("\n".join(lines[:at]))
+        lines = lines[at:]
+    return [*parts, "\n".join(lines)]
+
+
 def split_markdown(text: str) -> list[str]:
     """Return the headings, paragraphs, lists and tables of a Markdown text, without the line of links to neighbours."""
-    text = "\n".join(line for line in text.split("\n") if not line.startswith("[<"))
+    text = "\n".join(line for line in text.split("\n") if not line.startswith(("[<", "</details", "<summary")))
+    text = text.replace("<details>", "<details>\n")
     return [block for block in re.split(r"\n\s*\n|(?<=\n)(?=#)|(?<=[^\n])\n(?=[-*] |\d+\. )", text) if block.strip()]
 
 
@@ -111,16 +123,22 @@ def show_picture(output, most: int) -> int:
 def pieces(cell) -> list[tuple[int, nbformat.NotebookNode]]:
     """Return what of a cell is shown: heights in pixels, and a cell for each paragraph, code and output."""
     if cell.cell_type == "markdown":
-        found = []
+        found, folded = [], False
         for block in split_markdown(cell.source):
+            if block.strip() == "<details>":
+                folded = True  # on slides it waits for a key instead
+                continue
             high = 14 + TEXT[0] * lines_of(block, TEXT[1])
             if block.startswith("|"):
                 high = 12 + 30 * sum(lines_of(row, 130) for row in block.split("\n"))
-            found.append((HEADINGS.get(block.partition(" ")[0], high), nbformat.v4.new_markdown_cell(block)))
+            shown = nbformat.v4.new_markdown_cell(block)
+            if folded:
+                shown.metadata.slideshow = {"slide_type": "fragment"}
+            found.append((HEADINGS.get(block.partition(" ")[0], high), shown))
         return found
     hidden = cell.source.startswith("# plotting only") or NO_CODE in cell.metadata.get("tags", [])
-    code = nbformat.v4.new_code_cell(cell.source)
-    found = [] if hidden else [(30 + CODE[0] * lines_of(cell.source, CODE[1]), code)]
+    parts = [] if hidden else cut(cell.source, 22)
+    found = [(30 + CODE[0] * lines_of(part, CODE[1]), nbformat.v4.new_code_cell(part)) for part in parts]
     for output in cell.outputs:
         if "sr-only" in output.get("data", {}).get("text/html", ""):
             continue  # a picture's words, which the picture has as well

@@ -97,6 +97,15 @@ def test_slides_fit_skip_and_wait(slides):
     assert [some.metadata.get("slideshow") for some in tall[1:]] == [None] * 3
 
 
+def test_long_code_is_cut_and_folded_answers_wait(slides):
+    code = "\n".join(["def f():", *["    x = 1"] * 20, "", "def g():", *["    y = 2"] * 20])
+    answers = "## Bugs\n\nFind them.\n\n<details>\n<summary>Five</summary>\n\n1. one\n2. two\n\n</details>"
+    found = slides.arrange(new_notebook(cells=[cell(answers, "slide"), cell(code, "slide", [])])).cells
+    kinds = [(some.metadata.get("slideshow", {}).get("slide_type"), some.source.split("\n")[0]) for some in found]
+    assert kinds[:4] == [("slide", "## Bugs"), (None, "Find them."), ("fragment", "1. one"), ("fragment", "2. two")]
+    assert [line for _, line in kinds[4:] if "class" not in line] == ["def f():", ""] and "def g" in found[-1].source
+
+
 def test_what_cannot_be_made_is_said(slides, tmp_path, monkeypatch, capsys):
     nbformat.write(new_notebook(cells=[cell("# 05")]), tmp_path / "05_x.ipynb")
     monkeypatch.setattr(slides, "FOLDER", tmp_path)

@@ -30,7 +30,7 @@ SCORES = SCORES.assign(weights=["random", "imagenet", "none", "random"], above_c
 DIFFERENCES = pd.DataFrame(
     [("flip", 0.03, 0.01, 0.05, (0.02, 0.04)), ("blur", 0, -0.1, 0.1, (0.01,)), ("zoom", -0.2, -0.3, -0.1, (-0.2,))],
     columns=["setting", "difference", "low", "high", "seed_differences"],
-).assign(backbone="vgg16", against="none", name=["a", "b", "c"])
+).assign(backbone="vgg16", against="none", name=["a", "b", "c"], level=0.99)
 CALLS = {
     "difference_intervals": lambda: plots.difference_intervals(DIFFERENCES),
     "setting_differences": lambda: plots.setting_differences(DIFFERENCES),
@@ -161,7 +161,7 @@ def test_differences_are_named_and_grey_where_the_interval_holds_zero():
     assert [bar.get_label() for bar in ax.containers if bar.lines[0].get_color() == plots.GREY] == [*points(ax)][2:]
     assert words(ax.get_yticklabels()) == ["flip", "blur", "zoom"] and "2 of 3" in ax.get_title("left")
     dots = [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "."]
-    assert dots == [[0.02, 0.04], [0.01], [-0.2]] and "minus that of: none" in ax.get_xlabel()
+    assert dots == [[0.02, 0.04], [0.01], [-0.2]] and "that of: none (line: 99 %" in ax.get_xlabel()
     two = plots.setting_differences(pd.concat([DIFFERENCES, DIFFERENCES.assign(backbone="alexnet")]))
     assert words(two.get_yticklabels())[::3] == ["flip, vgg16", "flip, alexnet"]
     with user_error("no row with a difference"):

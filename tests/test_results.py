@@ -192,6 +192,10 @@ def test_settings_are_compared_on_validation_from_their_predictions(known):
     assert sentence.startswith("resnet50, better: higher than plain: +0.") and "2 of 2 seeds" in sentence
     on_test = results.compare_settings(sweep, runs, split="test").set_index("setting")
     assert on_test.loc["better", "difference"] != row["difference"]
+    strict = results.compare_settings(sweep, runs, level=0.99).set_index("setting").loc["better"]
+    assert (
+        strict["low"] < row["low"] and strict["high"] > row["high"] and (row["level"], strict["level"]) == (0.95, 0.99)
+    )
     only = results.compare_settings(sweep, {("plain", "resnet50"): plain})
     assert only["setting"].tolist() == ["plain"] and results.say_differences(only) == []
 
@@ -200,8 +204,8 @@ def test_settings_are_compared_on_validation_from_their_predictions(known):
 def test_sentences_follow_the_interval(low, words):
     row = {"setting": "flip", "backbone": "alexnet", "against": "plain", "difference": 0.02, "low": low, "high": 0.05}
     flipped = row | {"difference": -0.02, "low": -0.05, "high": -low}
-    up, down = results.say_differences(pd.DataFrame([row, flipped]).assign(seeds_agree="2 of 3"))
-    assert words in up and f"{low:+.3f} to +0.050" in up
+    up, down = results.say_differences(pd.DataFrame([row, flipped]).assign(seeds_agree="2 of 3", level=0.99375))
+    assert words in up and f"(99.4 % interval {low:+.3f} to +0.050" in up
     assert words.replace("higher", "lower") in down
 
 
