@@ -11,7 +11,7 @@ PIP_QUIET = $(if $(CI),--quiet --progress-bar off)
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
 
-run: .venv/.installed ## run all notebooks, then print the results (some: NOTEBOOKS="05 09"; size: CT_PROFILE=quick)
+run: .venv/.installed ## run all notebooks, print the results (NOTEBOOKS="05 09"; CT_PROFILE=quick; small install: TORCH=cpu)
 	$(PY) notebooks/run_notebooks.py $(if $(NOTEBOOKS),--only $(NOTEBOOKS))
 
 test: .venv/.installed ## ruff, unit tests and every notebook against its stored outputs
@@ -55,6 +55,15 @@ RIGHT_VERSION = import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))
 TORCHVISION_WORKS = import torch, torchvision; \
 	torchvision.ops.nms(torch.tensor([[0.0, 0.0, 1.0, 1.0]]), torch.tensor([1.0]), 0.5)
 
+# TORCH=cpu: torch without CUDA from PyTorch's own index and no other one, then the rest from the usual one.
+TORCH_INDEX = https://download.pytorch.org/whl/$(TORCH)
+SMALL_TORCH = PIP_CONFIG_FILE=/dev/null PIP_EXTRA_INDEX_URL= PIP_FIND_LINKS= \
+	$(PY) -m pip install --disable-pip-version-check $(PIP_QUIET) --no-deps --retries 1 --timeout 20 \
+	--index-url $(TORCH_INDEX) "torch>=2.14" "torchvision>=0.29" || { \
+	echo "Found no torch at $(TORCH_INDEX) (no such build, or no way there)." \
+		"Expected PyTorch's own package index." \
+		"To mend: leave TORCH=$(TORCH) out; pip then takes torch from the usual index."; exit 1; }
+
 .venv/.installed: pyproject.toml
 	@found=""; if ! $(PY) -m pip --version >/dev/null 2>&1; then \
 		for p in "$(PYTHON)" python3.14 python3.13 python3.12 python3.11; do \
@@ -68,7 +77,8 @@ TORCHVISION_WORKS = import torch, torchvision; \
 		echo "Making .venv with $$found"; \
 		"$$found" -m venv --clear .venv || exit 1; \
 	fi
-	@echo "Installing into .venv (once; minutes, and up to 6 GB)"
+	@$(if $(TORCH),$(SMALL_TORCH))
+	@echo "Installing into .venv (once; minutes$(if $(TORCH),,, and up to 6 GB))"
 	@$(PY) -m pip install --disable-pip-version-check $(PIP_QUIET) -e '.[test]'
 	@$(PY) -c '$(TORCHVISION_WORKS)' || { \
 		echo "Found a torch and a torchvision that do not fit each other." \
