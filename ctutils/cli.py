@@ -118,6 +118,15 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--keep-weights", action="store_true", help="store the trained weights in the records")
     sweep.add_argument("--pack", type=Path, metavar="OUT", help="then copy the records, without weights, to OUT")
 
+    sweep.add_argument("--weights", help="where weights are, or random, as for train (default: CT_WEIGHTS)")
+    sweep.add_argument("--on", choices=("slurm", "local"), help="as jobs, one for what shares a cache, and wait")
+    sweep.add_argument("--partition", help="of Slurm")
+    sweep.add_argument("--gpus", type=int, choices=(0, 1), help="of a job on Slurm (default 0): device and profile")
+    sweep.add_argument("--minutes", type=int, help="time limit of a job, which then goes on later (default 60)")
+    sweep.add_argument("--parallel", type=int, help="jobs at a time (default: Slurm's limit; local 1)")
+    sweep.add_argument("--detach", action="store_true", help="do not wait for the jobs")
+    sweep.add_argument("--status", action="store_true", help="show the jobs and their runs, whoever submitted them")
+
     predict = add("predict", _predict, "class and probabilities of pictures or DICOM files")
     predict.add_argument("run", type=Path, help="run record")
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
@@ -241,6 +250,16 @@ def _sweep(options: argparse.Namespace) -> int:
     from ctutils.config import get_settings
     from ctutils.sweep import pack_runs, read_sweep, run_sweep, sweep_status
 
+    if options.weights:
+        os.environ["CT_WEIGHTS"] = options.weights
+    if options.on or options.status:
+        from ctutils.cluster import command
+
+        content, text = command(options)
+        _print(options, content, text)
+        return 1 if content["failed"] else 0
+    if idle := [key for key in ("partition", "gpus", "minutes", "parallel", "detach") if getattr(options, key)]:
+        raise CTError(f"--{' --'.join(idle)} without --on", "--on slurm or --on local", "say where to run")
     settings = get_settings()
     sweep = read_sweep(options.plan, settings.profile)
     failed, seconds, packed = {}, 0.0, None

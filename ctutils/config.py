@@ -86,7 +86,7 @@ def _folder(text: str) -> Path:
     return inside if not path.exists() and inside.exists() else path
 
 
-def get_settings(data: str | Path | None = None) -> Settings:
+def get_settings(data: str | Path | None = None, device: str | None = None) -> Settings:
     """Read CT_PROFILE, CT_DEVICE, CT_WEIGHTS and CT_DATA, and fill in what they leave open.
 
     Without any of them: profile `full` when a CUDA GPU is there, else `standard`; weights `auto`; the
@@ -94,10 +94,11 @@ def get_settings(data: str | Path | None = None) -> Settings:
 
     Args:
         data: a data set folder, instead of CT_DATA.
+        device: of another machine, which is not looked for here.
     Raises:
         CTError: a variable holds something unknown.
     """
-    device = get_device(os.environ.get("CT_DEVICE", ""))
+    device = device or get_device(os.environ.get("CT_DEVICE", ""))
     name = os.environ.get("CT_PROFILE") or ("full" if device.startswith("cuda") else "standard")
     if name not in PROFILES:
         raise CTError(f"profile '{name}'", f"one of {', '.join(PROFILES)}", "set CT_PROFILE to one of these")

@@ -30,10 +30,10 @@ Run a plan of many runs: backbones x settings x seeds, from a TOML file (example
 What is done is skipped, an interrupted run goes on, a failed one does not stop the rest (exit code 1 at the
 end). The records stand in data/runs/<profile>/<plan>/. Not for clinical use.
 
-As a job array, one run a task (Slurm; --list shows the indices; make the data set first):
-
-  python -m ctutils synth data/synthetic_full --train 8001 --val 1000 --test 1000
-  sbatch --array=0-11 --gres=gpu:1 --wrap 'python -m ctutils sweep PLAN.toml --index $SLURM_ARRAY_TASK_ID'
+--on slurm makes an array of jobs of it (pip install submitit): weights, slices and store are made
+ready here, runs that share a cache are one job, a full fine-tuning is a job of its own. A job that lost its node or
+ran into its time limit goes on in the queue from its last epoch. sbatch's own variables hold for what is not an
+option here: SBATCH_ACCOUNT, SBATCH_MEM_PER_NODE, ...
 """
 
 
