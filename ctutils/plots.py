@@ -174,13 +174,16 @@ def confusion_matrix(
     counts = metrics.confusion_matrix(y_true, y_pred, labels=range(size))
     if counts.sum() != len(y_true):
         raise CTError("labels outside the classes", f"0 to {size - 1}", "pass all class names, in order")
+    alone = ax is None
     ax = ax or plt.subplots(figsize=np.minimum(9, (3.4 + 0.8 * size, 2.6 + 0.6 * size)))[1]
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     shown = metrics.ConfusionMatrixDisplay(shares, display_labels=classes)
-    shown.plot(ax=ax, cmap="Blues", xticks_rotation=30, im_kw={"vmin": 0, "vmax": 1})
+    shown.plot(ax=ax, cmap="Blues", xticks_rotation=40, im_kw={"vmin": 0, "vmax": 1}, colorbar=alone)
+    plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
     for text, count in zip(shown.text_.flat, counts.flat, strict=True):
         text.set_text(count)
-    shown.im_.colorbar.set_label("share of the true class")
+    if alone:
+        shown.im_.colorbar.set_label("share of the true class")
     ax.set(xlabel="predicted class", ylabel="true class", title=f"{title} ({len(y_true)} slices)")
     ax.grid(False)
     return ax
@@ -228,12 +231,11 @@ def difference_intervals(
     return ax
 
 
-def setting_differences(table: pd.DataFrame, title: str | None = None, ax: Axes | None = None) -> Axes:
+def setting_differences(table: pd.DataFrame, title: str, ax: Axes | None = None) -> Axes:
     """Draw `difference_intervals` of the rows of a sweep, with a dot for each seed's own difference.
 
     Args:
         table: from `results.compare_settings`; rows without a difference are left out.
-        title: by default, how many of the rows are distinguishable from what they are compared with.
     Raises:
         CTError: no row has a difference.
     """
@@ -243,8 +245,6 @@ def setting_differences(table: pd.DataFrame, title: str | None = None, ax: Axes 
     ax = ax or plt.subplots(figsize=(9, 1.5 + 0.36 * len(table)))[1]
     names = table["setting"] + (", " + table["backbone"] if table["backbone"].nunique() > 1 else "")
     against = table["against"].iloc[0] if table["against"].nunique() == 1 else "the setting it is compared with"
-    clear = int(((table["low"] > 0) | (table["high"] < 0)).sum())
-    title = title or f"Difference in macro F1: {clear or 'none'} of {len(table)} distinguishable"
     xlabel = f"macro F1 minus that of: {against} (line: {100 * table['level'].iloc[0]:.3g} % interval, dots: seeds)"
     difference_intervals(table.assign(name=names), title, xlabel, ax)
     for place, values in enumerate(table["seed_differences"]):

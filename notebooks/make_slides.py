@@ -25,6 +25,7 @@ OUT = FOLDER.parent / "data" / "slides"
 WIDTH, HEIGHT = 1280, 720  # of a slide, in pixels; larger screens are scaled
 INSIDE = 1200, 640
 HEADINGS = {"#": 85, "##": 62, "###": 52}  # their heights
+WIDGET = "application/vnd.jupyter.widget-view+json"
 NO_CODE = "hide-input"  # the tag of a cell whose code is plumbing
 TEXT, CODE, SAID = (37, 78), (24, 104), (23, 108)  # a line: its height in pixels, characters that fit
 
@@ -136,12 +137,14 @@ def pieces(cell) -> list[tuple[int, nbformat.NotebookNode]]:
                 shown.metadata.slideshow = {"slide_type": "fragment"}
             found.append((HEADINGS.get(block.partition(" ")[0], high), shown))
         return found
-    hidden = cell.source.startswith("# plotting only") or NO_CODE in cell.metadata.get("tags", [])
+    plumbing = ("# plotting only", "drawings.", "widgets.")
+    hidden = cell.source.startswith(plumbing) or NO_CODE in cell.metadata.get("tags", [])
     parts = [] if hidden else cut(cell.source, 22)
     found = [(30 + CODE[0] * lines_of(part, CODE[1]), nbformat.v4.new_code_cell(part)) for part in parts]
     for output in cell.outputs:
-        if "sr-only" in output.get("data", {}).get("text/html", ""):
-            continue  # a picture's words, which the picture has as well
+        said, kinds = output.get("name") == "stdout", output.get("data", {})
+        if not (said or kinds) or WIDGET in kinds or "sr-only" in kinds.get("text/html", ""):
+            continue  # an error, a warning, a control, or a picture's words, which the picture has as well
         shown = nbformat.v4.new_code_cell("", outputs=[output], metadata={"tags": [NO_CODE]})
         if "my_guess" in cell.source:
             shown.metadata.slideshow = {"slide_type": "fragment"}
@@ -170,7 +173,7 @@ def arrange(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for high, piece in pieces(cell):
             title = piece.source.partition(" ")[2] if piece.source.partition(" ")[0] in HEADINGS else ""
             left = INSIDE[1] - used
-            if high > left > 340 and any("image/png" in output.get("data", {}) for output in piece.get("outputs", ())):
+            if high > left > 420 and any("image/png" in output.get("data", {}) for output in piece.get("outputs", ())):
                 high = show_picture(piece.outputs[0], left - 12)
             if kind == "-" and (high > left or (title and not above)):
                 kind = "subslide"

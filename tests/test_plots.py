@@ -33,7 +33,7 @@ DIFFERENCES = pd.DataFrame(
 ).assign(backbone="vgg16", against="none", name=["a", "b", "c"], level=0.99)
 CALLS = {
     "difference_intervals": lambda: plots.difference_intervals(DIFFERENCES),
-    "setting_differences": lambda: plots.setting_differences(DIFFERENCES),
+    "setting_differences": lambda: plots.setting_differences(DIFFERENCES, "x"),
     "slice_grid": lambda: plots.slice_grid([IMAGE] * 6, titles=list("abcdef"), columns=5),
     "learning_curves": lambda: plots.learning_curves(HISTORY),
     "curves of two runs": lambda: plots.learning_curves({"head": HISTORY, "last block": HISTORY}, chance=(0.1, 0.2)),
@@ -156,16 +156,16 @@ def test_score_intervals_mark_guessing_and_who_is_not_above_it():
 
 def test_differences_are_named_and_grey_where_the_interval_holds_zero():
     without = pd.DataFrame([{"setting": "none", "backbone": "vgg16"}])
-    ax = plots.setting_differences(pd.concat([without, DIFFERENCES]))
+    ax = plots.setting_differences(pd.concat([without, DIFFERENCES]), "2 of 3")
     assert points(ax) == {"higher": [[0.03, 0]], "lower": [[-0.2, 2]], "not distinguishable": [[0, 1]]}
     assert [bar.get_label() for bar in ax.containers if bar.lines[0].get_color() == plots.GREY] == [*points(ax)][2:]
     assert words(ax.get_yticklabels()) == ["flip", "blur", "zoom"] and "2 of 3" in ax.get_title("left")
     dots = [line.get_xdata().tolist() for line in ax.lines if line.get_marker() == "."]
     assert dots == [[0.02, 0.04], [0.01], [-0.2]] and "that of: none (line: 99 %" in ax.get_xlabel()
-    two = plots.setting_differences(pd.concat([DIFFERENCES, DIFFERENCES.assign(backbone="alexnet")]))
+    two = plots.setting_differences(pd.concat([DIFFERENCES, DIFFERENCES.assign(backbone="alexnet")]), "x")
     assert words(two.get_yticklabels())[::3] == ["flip, vgg16", "flip, alexnet"]
     with user_error("no row with a difference"):
-        plots.setting_differences(without.assign(difference=np.nan))
+        plots.setting_differences(without.assign(difference=np.nan), "x")
 
 
 def test_heat_overlay_covers_the_image():
