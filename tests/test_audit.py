@@ -131,7 +131,12 @@ TWINS = {
     "upside down": lambda p: p.rotate(180),
     "a quarter turned": lambda p: p.transpose(Image.Transpose.ROTATE_90),
     "mirrored and turned": lambda p: ImageOps.mirror(p).transpose(Image.Transpose.ROTATE_90),
+    "inverted": ImageOps.invert,
+    "equalised": ImageOps.equalize,
+    "turned by 20 degrees": lambda p: p.rotate(20, Image.Resampling.BILINEAR, fillcolor=55),
+    "cropped to 80 %": lambda p: p.crop((13, 13, 115, 115)),
     "noisy": noisy,
+    "half": lambda p: p.crop((0, 0, 64, 128)),
 }
 
 
@@ -144,7 +149,7 @@ def test_near_twins_are_found_and_no_other_pair_in_little_memory(tmp_path):
     found = near_duplicates(decoded)
     pairs = {frozenset(pair) for pair in zip(found["path_a"], found["path_b"], strict=True)}
     assert pairs == {frozenset([f"train/ILD/{name}.png", f"val/ILD/{name}.png"]) for name in TWINS}
-    assert (found["correlation"] > 0.94).all() and (found["detail"] > 0.8).all()
+    assert (found["detail"] > 0.8).all()
     assert not len(exact_duplicates(decoded))
     # Other names, another order: the copy of `clean_copy` must give the same pairs as its source.
     order = np.arange(len(decoded.table))[::-1]
@@ -152,7 +157,7 @@ def test_near_twins_are_found_and_no_other_pair_in_little_memory(tmp_path):
     renamed.table["path"] = decoded.table["path"]
     again = near_duplicates(renamed)[["correlation", "detail"]].to_numpy()
     assert np.allclose(np.sort(again, axis=0), np.sort(found[["correlation", "detail"]].to_numpy(), axis=0), atol=1e-6)
-    held = decoded.body.nbytes + decoded.lungs.nbytes + sum(values.nbytes for values in decoded.features.values())
+    held = decoded.small.nbytes + decoded.frames.nbytes + sum(values.nbytes for values in decoded.features.values())
     assert held / len(decoded.table) < 20_000, "bytes a slice"
 
 

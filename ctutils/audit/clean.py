@@ -7,14 +7,13 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ctutils.audit.duplicates import group_slices, near_duplicates
 from ctutils.audit.look import Decoded
 from ctutils.audit.report import AuditReport, audit
 from ctutils.base import CTError, progress, write_json
-from ctutils.data import SPLITS
+from ctutils.data import SPLITS, share_out
 
 
 def clean_copy(root: str | Path, out: str | Path, report: AuditReport | None = None, *, seed: int = 0) -> Path:
@@ -55,7 +54,8 @@ def clean_copy(root: str | Path, out: str | Path, report: AuditReport | None = N
     rebuilt = any((splits_of.nunique() > 1).any() for splits_of in groups)
     if rebuilt:
         name = kept["split"] + "_" + name  # two files of one name may meet
-        kept = kept.assign(split=_new_splits(kept, slices["split"].value_counts(normalize=True)[splits], seed))
+        shares = slices["split"].value_counts(normalize=True)[splits].to_dict()
+        kept = kept.assign(split=share_out(kept["class"].tolist(), kept["group"].tolist(), shares, seed))
     missing = set(itertools.product(splits, slices["class"])) - set(zip(kept["split"], kept["class"], strict=True))
     if missing:
         found = "nothing left of " + ", ".join(f"{name} in {split}" for split, name in sorted(missing))
@@ -116,30 +116,6 @@ def _reasons_to_drop(slices: pd.DataFrame, near: pd.DataFrame) -> pd.Series:
     why[slices["class"].groupby(pixels).transform("nunique") > 1] = "an exact copy has another class"
     why[slices["problem"] != ""] = "unreadable: " + slices["problem"]
     return why
-
-
-def _new_splits(kept: pd.DataFrame, shares: pd.Series, seed: int) -> np.ndarray:
-    """Share groups out to the splits: each of 20 folds (fewer when a class is small) goes where most is lacking."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    groups = kept.groupby("class")["group"].nunique()
-    folds = min(20, int(groups.min())) if len(groups) else 0
-    if folds < len(shares):
-        raise CTError(
-            f"{folds} independent groups of slices in class '{groups.idxmin() if folds else ''}'",
-            f"one a split, {len(shares)}, where a group is a patient or slices that are twins",
-            "add slices of other patients",
-        )
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    parts = [rows for _, rows in splitter.split(kept, kept["label"], kept["group"])]
-    parts.sort(key=lambda rows: kept["class"].iloc[rows].nunique(), reverse=True)  # a class may be missing in a fold
-    lacking, result = shares * folds, np.full(len(kept), "", dtype=object)
-    for rows in parts:
-        empty = lacking[~lacking.index.isin(result)]
-        split = (empty if len(empty) else lacking).idxmax()
-        lacking[split] -= 1
-        result[rows] = split
-    return result
 
 
 def _copy_tables(root: Path, out: Path, kept: pd.DataFrame) -> None:
