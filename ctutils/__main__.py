@@ -1,8 +1,6 @@
 """`python -m ctutils`: see `ctutils.cli`."""
 
-import sys
-
-from ctutils.cli import main
+from ctutils.cli import console
 
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

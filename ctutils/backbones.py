@@ -17,6 +17,7 @@ from ctutils.base import CTError
 from ctutils.registry import BackboneSpec, get_spec
 from ctutils.weights import WeightsInfo, find_weights
 
+AT_ONCE = 10_000  # rows of features in memory
 BatchNorm = nn.modules.batchnorm._BatchNorm  # the base class of BatchNorm1d, 2d, 3d and timm's
 
 
@@ -244,17 +245,25 @@ class Standardise(nn.Module):
         return (features - self.mean) / self.std
 
 
-def standardise_head(head: nn.Sequential, features: Tensor) -> nn.Sequential:
+def standardise_head(head: nn.Sequential, features: Tensor, rows: np.ndarray | None = None) -> nn.Sequential:
     """Put a `Standardise` before a head, so that random features of any size can be learned from.
 
     Args:
         head: maps features (N, D) to logits; its layers are shared.
-        features: (N, D) of the train split only, N >= 2.
+        features: (N, D), perhaps a mapped file, which is not loaded.
+        rows: of the train split only, 2 or more (default: all).
     Returns:
         a head that takes the features as they are. A column that hardly varies is divided by a hundredth of
         the mean standard deviation, not by (nearly) nothing.
     """
-    std, mean = torch.std_mean(features.float(), dim=0)
+    rows = torch.arange(len(features)) if rows is None else torch.from_numpy(rows)
+    std, mean = torch.std_mean(features[rows[:AT_ONCE]].float(), dim=0)
+    if len(rows) > AT_ONCE:
+        some = [torch.var_mean(features[part].double(), 0, correction=0) for part in rows.split(AT_ONCE)]
+        shares = [len(part) / len(rows) for part in rows.split(AT_ONCE)]
+        mean = sum(share * m for share, (_, m) in zip(shares, some, strict=True))
+        variance = sum(share * (v + (m - mean) ** 2) for share, (v, m) in zip(shares, some, strict=True))
+        std, mean = (variance * len(rows) / (len(rows) - 1)).sqrt().float(), mean.float()
     floor = 0.01 * std.mean()
     std = std.clamp(min=floor if floor > 0 else 1.0)
     return nn.Sequential(OrderedDict(standardise=Standardise(mean, std), **dict(head.named_children())))

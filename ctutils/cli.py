@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -13,6 +14,17 @@ from ctutils.base import CTError
 from ctutils.plan import Plan
 
 # Each command imports what it needs, so that --help answers at once.
+
+OF_FEATURES = ("backbone", "data", "weights", "size", "bn", "precision", "seed", "unfreeze")  # what a cache depends on
+
+
+def console() -> None:
+    """What a shell runs: `main`, and the end of the process."""
+    gc.set_threshold(50_000, 20, 20)  # imports make many objects and no garbage: looking for it takes half a second
+    code = main()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)  # Python's good-bye to torch, object by object, takes another
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
         if value := getattr(options, name, None):
             os.environ[f"CT_{name.upper()}"] = value  # worker processes read it, too
     try:
-        return options.command(options)
+        code = options.command(options)
+        sys.stdout.flush()  # here, where a full disk or a closed pipe is still heard
+        return code
     except KeyboardInterrupt:
         print("Stopped. The same command goes on where it can.", file=sys.stderr)
         return 130
@@ -109,6 +123,13 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, help="run record to write (default: data/runs/<profile>[-<data>]/<backbone>)"
     )
     train.add_argument("--resume", action="store_true", help="go on with an interrupted run of the same name")
+
+    features = add("features", _features, "run a frozen backbone over all slices, for heads to come", machine=True)
+    for field in dataclasses.fields(Plan):
+        if field.name in OF_FEATURES:
+            _add_option(features, field)
+    text = "only the parts i, i + n, ... of 10,000 slices each; i from 0 (for a job array); train joins them"
+    features.add_argument("--shard", metavar="I/N", help=text)
 
     sweep = add("sweep", _sweep, "run a plan of many runs; skips what is done", machine=True)
     sweep.description, sweep.formatter_class = SWEEP_HELP, argparse.RawDescriptionHelpFormatter
@@ -242,6 +263,20 @@ def _train(options: argparse.Namespace) -> int:
     content |= {"warnings": [*record["data"]["notes"], *doubts(run, verdicts)]}
     _print(options, content, train_text(run, settings.data_dir, verdicts))
     return 130 if record["interrupted"] else 0
+
+
+def _features(options: argparse.Namespace) -> int:
+    from ctutils.config import get_settings
+    from ctutils.shards import make_features
+
+    try:
+        number, shards = map(int, (options.shard or "0/1").split("/"))
+    except ValueError as error:
+        raise CTError(f"the shard '{options.shard}'", "I/N, such as 0/8", "give two whole numbers") from error
+    fields = {key: getattr(options, key) for key in OF_FEATURES}
+    content = make_features(Plan(**fields), get_settings(options.data), (number, shards))
+    _print(options, content, "{done} of {parts} part(s) of {slices} slices are there".format(**content))
+    return 0
 
 
 def _sweep(options: argparse.Namespace) -> int:

@@ -18,15 +18,14 @@ import pandas as pd
 
 from ctutils.base import CTError, atomic_path, progress, read_json, write_json
 from ctutils.config import Settings, cache_dir
+from ctutils.facts import file_facts
 from ctutils.pictures import (
     DEPTHS,
     HU,
     IMAGE_SUFFIXES,
     LUNG_WINDOW,
     BadFile,
-    look,
     quiet,
-    read_file,
     read_grey,
     resize,
     say_depth,
@@ -36,6 +35,7 @@ from ctutils.registry import IMAGENET_MEAN, IMAGENET_STD
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {split: split for split in SPLITS}
 SPLIT_NAMES |= {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+PART = 10_000  # slices: what is made slice by slice is made in parts, and what is done stays
 SHARE, SPLIT_SEED = 0.15, 0  # of val and of test, where they are drawn
 PATH_COLUMNS = ("path", "file", "filename", "image")
 PATIENT_COLUMNS = ("patient", "patient_id", "patientid", "subject")
@@ -111,8 +111,14 @@ class SliceFolder:
     def read_grey(self, row: int):
         """Decode the slice of a row to 8-bit grey, as its data set is read; raises `BadFile`."""
         window = self.window or dict(zip(("level", "width"), LUNG_WINDOW, strict=True))
-        path, depth = self.slices["path"].iloc[row], self.slices["depth"].iloc[row]
-        return read_grey(self.root / path, depth, (window["level"], window["width"]))
+        path, depth = self.root / self.slices["path"].iloc[row], self.slices["depth"].iloc[row]
+        if not depth:
+            with contextlib.suppress(ImportError):
+                from ctutils.png import read_grey_png
+
+                if (grey := read_grey_png(path)) is not None:
+                    return grey
+        return read_grey(path, depth, (window["level"], window["width"]))
 
 
 def _text(value: object) -> str:
@@ -140,7 +146,7 @@ def load_folder(root: str | Path, *, strict: bool = True, cache: Path | None = N
     if odd:
         mend = "rename it, or unpack the archive again (a Korean one with `unzip -O cp949`)"
         raise CTError(f"the name '{odd[0]}' in '{root}'", "names in UTF-8 without control characters", mend)
-    slices = slices.join(pd.DataFrame(_file_facts(root, slices["path"].tolist(), cache or cache_dir())))
+    slices = slices.join(file_facts(root, slices["path"].tolist(), cache or cache_dir()))
     slices["patient"] = ""
     try:
         slices["patient"] = read_patients(root, slices["path"])[0]
@@ -295,44 +301,6 @@ def _problem(folder: SliceFolder, row: int) -> str:
         return ""
     except BadFile as error:
         return str(error)
-
-
-def _file_facts(root: Path, paths: list[str], cache: Path) -> list[dict[str, Any]]:
-    """Return `_read_fact` of every file; an index in the cache knows files whose size and times have not changed."""
-    index = cache / "index" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}-2.json"
-    try:
-        known = read_json(index)
-    except CTError:
-        known = {}
-    keys, new = [], {}
-    for path in paths:
-        file, stamp = os.path.join(root, path), ""
-        with contextlib.suppress(OSError):  # a link that leads nowhere
-            stat = os.stat(file)
-            # The change time moves with every write, also when a tool sets the modification time back.
-            stamp = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
-        keys.append(f"{path} {stamp}")
-        if keys[-1] not in known:
-            new[keys[-1]] = file
-    if new or len(known) > len(keys):
-        with quiet(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            facts = progress(pool.map(_read_fact, new.values()), total=len(new), desc="Reading files", leave=False)
-            known |= zip(new, facts, strict=True)
-        with contextlib.suppress(OSError, CTError):  # only an optimisation
-            write_json(index, {key: known[key] for key in keys})
-    return [known[key] for key in keys]
-
-
-def _read_fact(path: str) -> dict[str, Any]:
-    fact: dict[str, Any] = {"width": 0, "height": 0, "mode": "", "frames": 0, "depth": "", "warned": ""}
-    fact |= {"bytes": 0, "sha256": "", "problem": ""}
-    try:
-        content = read_file(path)
-        fact |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        fact |= look(io.BytesIO(content))
-    except BadFile as error:
-        fact["problem"] = str(error)
-    return fact
 
 
 def read_table(content: bytes) -> pd.DataFrame:
@@ -565,23 +533,32 @@ def build_transform(size: int, mean: tuple = IMAGENET_MEAN, std: tuple = IMAGENE
     return v2.Compose([*resize, v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))])
 
 
-def build_store(folder: SliceFolder, size: int, *, cache: Path | None = None, workers: int | None = None) -> np.ndarray:
+def parts_of(count: int) -> list[range | None]:
+    """Return the parts of so many slices; [None] where one is enough."""
+    return [range(k, min(k + PART, count)) for k in range(0, count, PART)] if count > PART else [None]
+
+
+def build_store(
+    folder: SliceFolder, size: int, *, cache: Path | None = None, workers: int | None = None, part: range | None = None
+) -> np.ndarray:
     """Decode and resize every slice once and return them as a memory-mapped uint8 array (N, size, size).
 
     The file stands in `data/cache/store`, named by the folder's fingerprint and the size, so that every
     notebook and backbone shares it and a changed picture makes a new one. It is complete or absent: written
-    in order to a temporary file, then renamed. Memory stays flat: a few slices a worker.
+    in order to a temporary file, then renamed; a large one in parts, which are then joined. Memory stays flat.
 
     Args:
         size: pixels a side.
         cache: folder of the store (default `data/cache`).
         workers: decoding threads (default: one a core).
+        part: only these rows, one of `parts_of`.
     Raises:
-        CTError: slices that cannot be decoded, all named at once; a full disk.
+        CTError: slices that cannot be decoded, all of a part named at once; a full disk.
     Source: notebook 02.
     """
-    path = (cache or cache_dir()) / "store" / f"{folder.fingerprint[:20]}-{size}.u8"
-    shape, workers = (len(folder.slices), size, size), workers or os.cpu_count() or 1
+    rows, workers = part or range(len(folder.slices)), workers or os.cpu_count() or 1
+    name = f"{folder.fingerprint[:20]}-{size}{'' if part is None else f'-{rows.start}'}.u8"
+    path, shape = (cache or cache_dir()) / "store" / name, (len(rows), size, size)
 
     def decode(row: int) -> np.ndarray | str:
         try:
@@ -589,7 +566,15 @@ def build_store(folder: SliceFolder, size: int, *, cache: Path | None = None, wo
         except BadFile as error:
             return str(error)
 
-    if not path.is_file() or path.stat().st_size != math.prod(shape):
+    whole = path.is_file() and path.stat().st_size == math.prod(shape)
+    if not whole and part is None and len(rows) > PART:
+        parts = [build_store(folder, size, cache=cache, workers=workers, part=part) for part in parts_of(len(rows))]
+        with atomic_path(path) as temporary, open(temporary, "wb") as out:
+            for store in parts:
+                out.write(store)
+        for store in parts:
+            Path(store.filename).unlink(missing_ok=True)
+    elif not whole:
         problems = {}
         with (
             atomic_path(path) as temporary,
@@ -598,8 +583,8 @@ def build_store(folder: SliceFolder, size: int, *, cache: Path | None = None, wo
             concurrent.futures.ThreadPoolExecutor(workers) as pool,
             progress(total=shape[0], desc=f"Decoding slices to {size} x {size}", unit="slice", leave=False) as bar,
         ):
-            for start in range(0, shape[0], 16 * workers):  # bounds what waits in memory
-                chunk = range(start, min(start + 16 * workers, shape[0]))
+            for start in range(0, len(rows), 16 * workers):  # bounds what waits in memory
+                chunk = rows[start : start + 16 * workers]
                 for row, decoded in zip(chunk, pool.map(decode, chunk), strict=True):
                     if isinstance(decoded, str):
                         problems[folder.slices["path"].iloc[row]] = decoded
@@ -609,6 +594,19 @@ def build_store(folder: SliceFolder, size: int, *, cache: Path | None = None, wo
             if problems:
                 _refuse_unreadable(folder, problems)
     return np.memmap(path, np.uint8, mode="r", shape=shape)
+
+
+class Rows:
+    """Stands for a store of some shape, (N, size, size), whose rows are read when they are asked for."""
+
+    def __init__(self, shape: tuple[int, ...], read):
+        self.shape, self.read = shape, read
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return self.read(rows)
 
 
 class SliceBatches:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -144,7 +145,12 @@ def featurise(plan: Plan, settings: Settings, folder: SliceFolder, network: Netw
         CTError: slices that cannot be decoded; a full disk.
     """
     plan, spec, whole = plan.resolved(settings), network.spec, network.whole
-    store = data.build_store(folder, plan.size, cache=settings.cache_dir)
+
+    def stored() -> np.ndarray:
+        return data.build_store(folder, plan.size, cache=settings.cache_dir)
+
+    shape = (len(folder.slices), plan.size, plan.size)
+    store = data.Rows(shape, lambda rows: stored()[rows])  # not made where its features are cached
     # Statistics of random weights say nothing until they are estimated; training moves them on from there.
     if network.bn == "adapt" or (network.bn == "train" and network.weights.kind == "random"):
         options = {"precision": plan.precision, "seed": plan.seed}
@@ -160,10 +166,10 @@ def featurise(plan: Plan, settings: Settings, folder: SliceFolder, network: Netw
             options["views"] = views.to(settings.device) if views.ndim == 3 else views
             network.seconds += seconds
         if network.standardised:
-            whole.head = backbones.standardise_head(whole.head, features[folder.rows("train")])
+            whole.head = backbones.standardise_head(whole.head, features, folder.rows("train"))
     if network.cached:
         whole.head.to(settings.device)
-        if features.ndim == 2:  # whole activations stay in their file
+        if features.ndim == 2 and features.nbytes < 1 << 34:  # whole activations, and millions, stay in their file
             features = features.to(settings.device)
         loaders = data.feature_loaders(folder, features, **options)
     else:
@@ -171,7 +177,7 @@ def featurise(plan: Plan, settings: Settings, folder: SliceFolder, network: Netw
         whole.to(settings.device, memory_format=torch.channels_last)
         whole.bfloat16, whole.at_once = network.precision == "bfloat16", plan.at_once
         options |= {"augment": build_augment(plan.augment), "device": settings.device}
-        loaders = data.make_loaders(folder, store, mean=spec.mean, std=spec.std, **options)
+        loaders = data.make_loaders(folder, stored(), mean=spec.mean, std=spec.std, **options)
     if plan.balance == "sampler":
         labels = folder.labels[folder.rows("train")]
         loaders["train"] = balanced_loader(loaders["train"].dataset, labels, plan.batch_size)

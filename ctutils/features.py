@@ -19,7 +19,7 @@ from ctutils.augment import build_augment
 from ctutils.backbones import BatchNorm, Joined, adapt_batchnorm, split_model, state_sha256
 from ctutils.base import CTError, atomic_path, progress, write_json
 from ctutils.config import Settings
-from ctutils.data import normalise
+from ctutils.data import PART, normalise
 from ctutils.registry import BackboneSpec
 from ctutils.training import is_out_of_memory
 
@@ -125,20 +125,32 @@ def extract_features(backbone: nn.Module, store: np.ndarray, spec: BackboneSpec,
 
 
 def cached_features(
-    backbone, store, spec, folder, settings, *, rows=None, precision="auto", augmentations=(), views=1, seed=0
-) -> tuple[torch.Tensor, float]:
+    backbone,
+    store,
+    spec,
+    folder,
+    settings,
+    *,
+    rows=None,
+    precision="auto",
+    augmentations=(),
+    views=1,
+    seed=0,
+    make=True,
+) -> tuple[torch.Tensor, float] | None:
     """Return what `forward_pass` gives, from `data/cache/features` if the very same pass was made before.
 
     The key holds all that the result depends on: the slices' fingerprint, their size, the backbone with the
     hash of its weights and BatchNorm statistics as they stand, the normalisation, the precision and the kind of
     device (the random views are drawn in its batches). Where a pass that stopped before the last block was made
-    before, this one goes on from there.
+    before, this one goes on from there. A long one is made in parts, each whole or not at all, which are then joined.
 
     Args:
         backbone, store, spec, rows, precision: as for `forward_pass`.
         folder: the `SliceFolder` of the store; settings: device and cache folder.
         augmentations: names for `build_augment`: each slice is then passed as `views` random views.
         seed: of the random views.
+        make: False returns None where the file is not there.
     Returns:
         features (views, M, ...) of the precision's type, in a file that is mapped and not read; and the seconds that
         the pass took when it was made.
@@ -148,21 +160,25 @@ def cached_features(
     """
     precision, kind = choose_precision(precision, settings.device), torch.device(settings.device).type
     rows = np.arange(len(store)) if rows is None else np.asarray(rows, np.int64)
-    about = [PASS_VERSION, folder.fingerprint, store.shape, hashlib.sha256(rows.tobytes()).hexdigest()]
     drawn = [augmentations, views, seed] if augmentations else []
 
-    def place(part: nn.Module) -> tuple[Path, list]:
-        key = [*about, state_sha256(part), spec.mean, spec.std, precision, kind, *drawn]
+    def place(network: nn.Module, rows: np.ndarray = rows) -> tuple[Path, list]:
+        about = [PASS_VERSION, folder.fingerprint, store.shape, hashlib.sha256(rows.tobytes()).hexdigest()]
+        key = [*about, state_sha256(network), spec.mean, spec.std, precision, kind, *drawn]
         return _place(settings, "features", spec, key).with_suffix(".npy"), key
 
     path, key = place(backbone)
-    if (found := _open(path, precision)) is not None:
+    if (found := _open(path, precision)) is not None or not make:
         return found
     before, count = 0.0, len(rows)
     if not augmentations and any(name == spec.last_block for name, _ in backbone.named_modules()):
         trunk, block = split_model(backbone, spec.name, spec.last_block)
         if (begun := _open(place(trunk)[0], precision)) is not None:
             backbone, store, rows, before = block, begun[0][0], None, begun[1]
+    parts = [rows[k : k + PART] for k in range(0, count, PART)] if count > PART and not drawn and not before else []
+    given = (backbone, store, spec, folder, settings)
+    made = [cached_features(*given, rows=part, precision=precision) for part in parts]
+    before += sum(seconds for _, seconds in made)
     options = {"rows": rows, "device": settings.device, "precision": precision}
     options["augment"], views = build_augment(augmentations), views if augmentations else 1
     start, out, devices = time.perf_counter(), None, [torch.device(settings.device)] if kind == "cuda" else []
@@ -170,7 +186,7 @@ def cached_features(
         for view in range(views):
             torch.manual_seed(seed * 100_003 + view)
             done = 0
-            for batch in forward_pass(backbone, store, spec, **options):
+            for batch in (part for (part,), _ in made) if made else forward_pass(backbone, store, spec, **options):
                 # numpy has no bfloat16: its bits are kept as whole numbers.
                 values = batch.view(torch.int16).numpy() if precision == "bfloat16" else batch.numpy()
                 if out is None:
@@ -181,6 +197,9 @@ def cached_features(
                 done += len(values)
         out.flush()
         del out
+    for part in parts:
+        for suffix in (".npy", ".json"):
+            place(backbone, part)[0].with_suffix(suffix).unlink(missing_ok=True)
     write_json(path.with_suffix(".json"), {"key": key, "seconds": before + time.perf_counter() - start})
     return _open(path, precision)
 

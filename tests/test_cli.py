@@ -22,7 +22,7 @@ from ctutils.registry import BACKBONES
 from ctutils.runs import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("synth", "check", "import", "train", "sweep", "predict", "results")
+COMMANDS = ("synth", "check", "import", "train", "features", "sweep", "predict", "results")
 REAL = "efficientnet_lite0"
 QUICK = ["--size", "64", "--epochs", "2", "--precision", "float32"]
 TINY = [*QUICK, "--backbone", BN, "--weights", "random"]
@@ -100,7 +100,7 @@ def test_no_words_print_the_help_without_loading_anything_heavy():
     done = subprocess.run([sys.executable, "-m", "ctutils", "--version"], cwd=ROOT, capture_output=True, text=True)
     assert re.fullmatch(r"ctutils [\d.]+, Python [\d.]+\S*, torch .+\n", done.stdout), done
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["scripts"]
-    assert scripts == {"ctutils": "ctutils.cli:main"}
+    assert scripts == {"ctutils": "ctutils.cli:console"}
 
 
 def test_help_of_train_lists_the_backbones(capsys):

@@ -18,7 +18,7 @@ import torch
 from helpers import CLASSES, REAL_CT, files_below, needs_real_ct, picture, user_error, write_set
 from PIL import Image
 
-from ctutils import config, data
+from ctutils import config, data, facts
 from ctutils.data import (
     build_store,
     build_transform,
@@ -208,7 +208,7 @@ def test_changed_picture_of_the_same_size_and_time_makes_a_new_store(tmp_path):
 
 
 def test_files_are_read_once(root, monkeypatch):
-    reads = count_calls(monkeypatch, data, "_read_fact")
+    reads = count_calls(monkeypatch, facts, "read_fact")
     first = load_folder(root)
     assert len(reads) == 18
     again = load_folder(root)
@@ -225,7 +225,7 @@ def test_files_are_read_once(root, monkeypatch):
 @pytest.mark.parametrize("content", ["", "[]", '{"train/ILD/slice 0.png": {"stamp": 1}}', None])
 def test_damaged_index_only_costs_time(root, tmp_path, content):
     first = load_folder(root)
-    index = next((tmp_path / "project").rglob("index/*.json"))
+    index = next((tmp_path / "project").rglob("index/*.npz"))
     index.unlink()
     if content is None:
         index.mkdir()  # cannot be written either

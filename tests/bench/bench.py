@@ -8,6 +8,7 @@ Sections:
     six  all six deck backbones over one decoded store, and the same extrapolated to the deck's 9001 slices
     b    forward images/s against plain float32, and the share of a large matrix product
     last the last block learns: on cached activations, through the whole network, and the plain loop
+    start  whole processes: `ctutils train` on cached features of 1000 slices, the plain loop, and torch alone
     t    time to a validation macro F1 of 0.80, every layer learning, EfficientNet-Lite0 with its real weights
 (d, fastai and Lightning, is peers.py.) Every repetition is a process of its own and the sides take turns, so
 that a ratio compares neighbours in time. CPU seconds include all children. Prints tables and writes
@@ -31,7 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SIX = ("vgg16", "alexnet", "resnet50", "resnet152", "densenet161", "mobilenet_v3_large")
-SECTIONS = ("a", "six", "b", "last", "t")
+SECTIONS = ("a", "six", "b", "last", "t", "start")
 DECK_SLICES = 9001
 CLOCKS = {"work_cpu": "CPU, work", "work_wall": "wall, work", "cpu": "CPU, process", "wall": "wall, process"}
 
@@ -637,6 +638,36 @@ def section_t(bench: Bench) -> dict:
     return {"until": until, "runs": sides, "ratios": ratios}
 
 
+def section_start(bench: Bench) -> dict:
+    """Whole processes, start and end included: a head on cached features, the plain loop, and torch's share of it."""
+    options, name = bench.options, bench.options.backbones[0]
+    train, val = (options.train, options.val) if options.quick else (800, 200)
+    data = bench.data(train, val)
+    with tempfile.TemporaryDirectory(dir=bench.folder) as out:
+        train_it = ["-m", "ctutils", "train", str(data), "--backbone", name, "--weights", bench.weights(name)]
+        train_it += ["--batch-size", str(options.batch_size), "--size", str(options.size), "--out", f"{out}/run"]
+        step = "import torch; torch.optim.Adam(torch.nn.Linear(1, 1).parameters()).step()"
+        commands = {"ours": train_it, "torch": ["-c", f"{step}; import os; os._exit(0)"]}
+        process(train_it)  # leaves the caches
+        found = {side: [process(some) for _ in range(options.repetitions)] for side, some in commands.items()}
+    few = min(1, options.epochs)
+    run = measure("plain", bench.job(name, data=str(data), epochs=few))
+    found["plain"] = [{"cpu": run["cpu"] + run["growing_cpu"] * (options.epochs / few - 1)}]
+    rows = [[side, middle([run["cpu"] for run in runs])] for side, runs in found.items()]
+    print_table(f"start. Whole processes, {name}, {train + val} slices, 10 epochs", ["process", "CPU s"], rows)
+    return found | {"slices": train + val, "backbone": name}
+
+
+def process(arguments: list[str]) -> dict:
+    """Run Python as a shell does, and return its CPU seconds."""
+    running = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(running.pid, 0)
+    running.returncode = os.waitstatus_to_exitcode(status)
+    if running.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed")
+    return {"cpu": usage.ru_utime + usage.ru_stime}
+
+
 # ---------------------------------------------------------------- the machine
 
 
@@ -685,6 +716,9 @@ def speed_markdown(found: dict) -> str:
             for side in ("cold", "warm")
         ]
         rows.append((name, f"{seconds(result['runs']['plain']):.0f}", *ours))
+        whole = {side: middle([run["cpu"] for run in runs]) for side, runs in result["runs"].items()}
+        ours = [f"{whole[side]:.1f}, {show_ratio(result['ratios'][f'{side}_cpu'])}" for side in ("cold", "warm")]
+        rows.append((f"{name}, with imports", f"{whole['plain']:.0f}", *ours))
     for name, result in found.get("peers", {}).items():
         for peer in ("fastai", "lightning"):
             ratios = [show_ratio(result["ratios"][f"{peer} / ours, {side}"]) for side in ("cold", "warm")]
@@ -709,9 +743,21 @@ def speed_markdown(found: dict) -> str:
     imports = [run["cpu"] - run["work_cpu"] for run in every]
     text = (
         f"Synthetic slices of {settings['pixels']} pixels; median (range) of {times} on {where}, torch "
-        f"{machine['torch']}. Imports, {min(imports):.0f} to {max(imports):.0f} s on either side, are left out."
+        f"{machine['torch']}. Imports, {min(imports):.0f} to {max(imports):.0f} s on either side, are left out but for "
+        f"the rows that say so.{start_markdown(found.get('start'))}"
     )
     return "\n".join([*(f"| {' | '.join(row)} |" for row in rows), "", text])
+
+
+def start_markdown(found: dict | None) -> str:
+    """Return the sentence on start-up, where it was measured."""
+    if not found:
+        return ""
+    ours, plain, alone = (middle([run["cpu"] for run in found[side]]) for side in ("ours", "plain", "torch"))
+    return (
+        f" `ctutils train` on cached features of {found['slices']} slices of {found['backbone']}, the whole process: "
+        f"{ours:.1f} s CPU, of which torch takes for one optimizer step {alone:.1f}; the plain loop: {plain:.0f}."
+    )
 
 
 def publish(folder: Path) -> None:
