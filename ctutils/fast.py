@@ -2,7 +2,6 @@
 
 import copy
 import ctypes
-import functools
 import operator
 import platform
 from collections import Counter
@@ -14,22 +13,26 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from ctutils.backbones import BatchNorm
 
 
-@functools.cache
-def reuse_large_blocks() -> None:
-    """Ask glibc to keep large freed blocks instead of giving each back to the system.
+def reuse_large_blocks(keep: bool = True) -> None:
+    """Ask glibc to keep large freed blocks instead of giving each back to the system; with `keep` False, no longer.
 
-    Otherwise every activation of every batch is mapped afresh, and its page faults cost up to half the time.
+    Otherwise every activation of every batch is mapped afresh, and its page faults cost up to half the time. After a
+    pass the blocks go back: what learns next may need them all (1 GB of VGG16's 4.5).
     """
     if platform.libc_ver()[0] != "glibc":
         return
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        mallopt, trim = libc.mallopt, libc.malloc_trim
     except (OSError, AttributeError):
         return
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
-    if not mallopt(mmap_threshold, 1 << 30):  # an older glibc refuses more than 32 MB
-        mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 1 << 30)
+    size, blocks = (1 << 30, 0) if keep else (1 << 25, 1 << 16)
+    if not mallopt(mmap_threshold, size) or not keep:  # an older glibc refuses more than 32 MB
+        mallopt(mmap_max, blocks)
+    mallopt(trim_threshold, size)
+    if not keep:
+        trim(0)
 
 
 def inference_copy(

@@ -36,12 +36,12 @@ def choose_precision(precision: str, device: str) -> str:
     return "bfloat16" if device == "cpu" and has_bf16() else "float32"
 
 
-def reuse_large_blocks() -> None:
+def reuse_large_blocks(keep: bool = True) -> None:
     """Ask for `fast.reuse_large_blocks`, where that optional room is there."""
     with contextlib.suppress(ImportError):
         from ctutils import fast
 
-        fast.reuse_large_blocks()
+        fast.reuse_large_blocks(keep)
 
 
 def _inference_copy(backbone: nn.Module, precision: str, device: str, fold: bool) -> nn.Module:
@@ -117,6 +117,9 @@ def forward_pass(
                 raise CTError(f"features that are not finite ({precision})", "finite numbers", "use precision float32")
             bar.update(len(batch))
             yield batch.cpu()
+    fast.to("meta")  # a traced network is full of circles: its weights would stay until Python looks for those
+    del images, batch
+    reuse_large_blocks(keep=False)
 
 
 def extract_features(backbone: nn.Module, store: np.ndarray, spec: BackboneSpec, **options) -> torch.Tensor:

@@ -219,17 +219,31 @@ def test_what_cannot_be_folded_or_traced_stays_as_it_stands():
     assert torch.equal(norm.running_mean, network[0].running_mean) and conv.weight.dtype == torch.bfloat16
 
 
-SMALL_BLOCKS = [(-3, 1 << 30), (-4, 0), (-1, 1 << 30)]  # threshold, never map (an older glibc), trim
-
-
-@pytest.mark.parametrize("libc, taken, calls", [("glibc", 1, [0, 2]), ("glibc", 0, [0, 1, 2]), ("", 1, [])])
-def test_allocator_is_set_where_there_is_one(monkeypatch, libc, taken, calls):
+@pytest.mark.parametrize(
+    "libc, taken, keep, calls",
+    [
+        ("glibc", 1, True, [(-3, 1 << 30), (-1, 1 << 30)]),  # map from this size on; trim from this size on
+        ("glibc", 0, True, [(-3, 1 << 30), (-4, 0), (-1, 1 << 30)]),  # an older one: never map
+        ("glibc", 0, False, [(-3, 1 << 25), (-4, 1 << 16), (-1, 1 << 25), "trimmed"]),
+        ("", 1, True, []),
+        ("", 1, False, []),
+    ],
+)
+def test_allocator_is_set_where_there_is_one(monkeypatch, libc, taken, keep, calls):
     made = []
     monkeypatch.setattr(fast.platform, "libc_ver", lambda: (libc, "2.40"))
-    library = SimpleNamespace(mallopt=lambda *args: made.append(args) or taken)
-    monkeypatch.setattr(fast.ctypes, "CDLL", lambda _name: library)
-    fast.reuse_large_blocks.__wrapped__()
-    assert made == [SMALL_BLOCKS[k] for k in calls]
+    library = {"mallopt": lambda *args: made.append(args) or taken, "malloc_trim": lambda _: made.append("trimmed")}
+    monkeypatch.setattr(fast.ctypes, "CDLL", lambda _name: SimpleNamespace(**library))
+    fast.reuse_large_blocks(keep)
+    assert made == calls
+
+
+def test_memory_of_a_pass_is_given_back(monkeypatch):
+    copies, asked, real = [], [], features._inference_copy
+    monkeypatch.setattr(features, "_inference_copy", lambda *args: copies.append(real(*args)) or copies[-1])
+    monkeypatch.setattr(fast, "reuse_large_blocks", lambda keep=True: asked.append(keep))
+    extract(backbone())
+    assert asked == [True, False] and all(p.device.type == "meta" for p in copies[0].parameters())
 
 
 def ask(cache: Path, part=None, store=None, spec=SPEC, fingerprint="f0", **options) -> torch.Tensor:
