@@ -465,6 +465,13 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.folder) as cache:
             return measure("ours", self.job(name, cache=cache, **changes))
 
+    def time_to_score(self) -> tuple[dict, dict]:
+        """Return what all sides of section t are given, and what the plain ones are given beside it."""
+        options = self.options
+        data, until = (self.standard_data(), 0.05) if options.quick else (self.data(1000, 250), 0.80)
+        plain = {"learned": learned_names("efficientnet_lite0", "all"), "lr": 0.0001, "epochs": 3 * options.epochs}
+        return {"data": str(data), "until": until, "batch_size": 16}, plain
+
 
 # ---------------------------------------------------------------- the sections
 
@@ -621,21 +628,22 @@ def section_last(bench: Bench) -> dict:
     return found
 
 
+TO_SCORE = ("work_cpu", "work_wall", "epochs", "macro_f1")
+TO_SCORE_COLUMNS = ["side", "CPU", "wall", "epochs", "macro F1"]
+
+
 def section_t(bench: Bench) -> dict:
     """CPU and wall seconds until validation macro F1 is 0.80; the plain loop trains all layers with Adam 1e-4."""
     options, name, rows = bench.options, "efficientnet_lite0", []
-    data, until = (bench.standard_data(), 0.05) if options.quick else (bench.data(1000, 250), 0.80)
-    given, sides = {"data": str(data), "until": until, "batch_size": 16}, {"plain loop": [], "ours": []}
+    (given, plain), sides = bench.time_to_score(), {"plain loop": [], "ours": []}
     for seed in range(options.repetitions):
-        plain = {"learned": learned_names(name, "all"), "lr": 0.0001, "epochs": 3 * options.epochs}
         sides["plain loop"].append(measure("plain", bench.job(name, **given, **plain, seed=seed)))
         sides["ours"].append(bench.cold(name, plan={"unfreeze": "all"}, **given, seed=seed))
     for side, runs in sides.items():
-        values = [middle([float(run[key]) for run in runs]) for key in ("work_cpu", "work_wall", "epochs", "macro_f1")]
-        rows.append([side, *values])
-    print_table(f"t. Time to {until:.2f}, seconds of work", ["side", "CPU", "wall", "epochs", "macro F1"], rows)
+        rows.append([side, *(middle([float(run[key]) for run in runs]) for key in TO_SCORE)])
+    print_table(f"t. Time to {given['until']:.2f}, seconds of work", TO_SCORE_COLUMNS, rows)
     ratios = {key: ratio(*([run[key] for run in runs] for runs in sides.values())) for key in ("work_cpu", "work_wall")}
-    return {"until": until, "runs": sides, "ratios": ratios}
+    return {"until": given["until"], "runs": sides, "ratios": ratios}
 
 
 def section_start(bench: Bench) -> dict:
@@ -719,10 +727,24 @@ def speed_markdown(found: dict) -> str:
         whole = {side: middle([run["cpu"] for run in runs]) for side, runs in result["runs"].items()}
         ours = [f"{whole[side]:.1f}, {show_ratio(result['ratios'][f'{side}_cpu'])}" for side in ("cold", "warm")]
         rows.append((f"{name}, with imports", f"{whole['plain']:.0f}", *ours))
-    for name, result in found.get("peers", {}).items():
+    peers = found.get("peers", {})
+    for name, result in peers.get("d", {}).items():
         for peer in ("fastai", "lightning"):
             ratios = [show_ratio(result["ratios"][f"{peer} / ours, {side}"]) for side in ("cold", "warm")]
             rows.append((f"{name}, written in {peer}", f"{seconds(result['runs'][peer]):.0f}", *ratios))
+    for name, result in found.get("last", {}).items():
+        plain, ours = (seconds(result["runs"][side]) for side in ("plain loop", "cached"))
+        over = show_ratio(result["ratios"]["plain loop"])
+        rows.append((f"{name}, the last block learns, 1000 + 250 slices", f"{plain:.0f}", f"{ours:.0f}, {over}", ""))
+    if "t" in found:
+        goal = (
+            f"efficientnet_lite0, all layers, until validation macro F1 is {found['t']['until']:.2f}, 1000 + 250 slices"
+        )
+        plain, ours = (seconds(found["t"]["runs"][side]) for side in ("plain loop", "ours"))
+        rows.append((goal, f"{plain:.0f}", f"{ours:.0f}, {show_ratio(found['t']['ratios']['work_cpu'])}", ""))
+    for peer, over in peers.get("t", {}).get("ratios", {}).items():
+        spent = f"{seconds(peers['t']['runs'][peer]):.0f}"
+        rows.append((f"the same, written in {peer}", spent, show_ratio(over), ""))
     plain, ours = sum(seconds(runs) for runs in six["plain"].values()), six["ours"]["work_cpu"]
     rows.append(
         (
@@ -736,7 +758,7 @@ def speed_markdown(found: dict) -> str:
     what = f"the deck's six, {DECK_SLICES} slices, wall time, extrapolated"
     rows.append((what, f"{deck['plain'] / 3600:.1f} h", f"{deck['ours'] / 60:.0f} min", ""))
     where = machine["gpu"] or f"{machine['cores']} cores of a shared {machine['cpu']}"
-    others = {len(runs) for result in found.get("peers", {}).values() for runs in result["runs"].values()}
+    others = {len(runs) for result in peers.get("d", {}).values() for runs in result["runs"].values()}
     counts = " or ".join(map(str, sorted(others)))
     times = f"{settings['repetitions']} repetitions" + (f" (other libraries: {counts})" if others else "")
     every = [run for result in found["a"].values() for runs in result["runs"].values() for run in runs]

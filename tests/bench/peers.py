@@ -1,12 +1,13 @@
-"""Measure fastai and Lightning on the same work as bench.py's section a, against ours: `make bench-peers`.
+"""Measure fastai and Lightning on the same work as bench.py's sections a (here: d) and t: `make bench-peers`.
 
-    python tests/bench/peers.py [--only fastai lightning] [the options of bench.py]
+    python tests/bench/peers.py [--only fastai lightning] [--sections d t] [the options of bench.py]
 
 Both libraries go into an environment of their own, data/bench/peers-venv, which borrows torch and everything
 else from the one that runs this script, so that all sides compute with the same torch. The protocol is equal:
 the same weights file, only the new head trained, BatchNorm in eval mode, Adam, batches of 32, StepLR, and 2
-loader workers. Optional: without a package index it says so and stops. Prints a table and writes
-data/bench/peers.json.
+loader workers. In section t every layer learns until validation macro F1 is 0.80: fastai by its `fine_tune` with
+its own rate, Lightning as the plain loop. Optional: without a package index it says so and stops. Prints tables and
+writes data/bench/peers.json.
 """
 
 import argparse
@@ -22,15 +23,16 @@ import bench
 PEERS = {"fastai": "fastai>=2.8", "lightning": "lightning>=2.5"}
 
 
-def frozen_network(job: dict):
-    """Return the network with its weights, frozen but for a new 5-way head."""
+def new_network(job: dict):
+    """Return the network with its weights and a new 5-way head, beside which what `learned` names learns."""
     import torch
     from torch import nn
 
     torch.manual_seed(job["seed"])
     model = bench.bare_network(job["backbone"])
     model.load_state_dict(torch.load(Path(job["weights"]) / f"{job['backbone']}.pth"))
-    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name in job["learned"]
     in_features = model.get_submodule(job["head"]).in_features
     model.set_submodule(job["head"], nn.Linear(in_features, job["classes"]))
     return model
@@ -38,12 +40,14 @@ def frozen_network(job: dict):
 
 def fastai_way(job: dict) -> dict:
     """A Learner over ImageDataLoaders, as fastai's own tutorial writes it; BnFreeze keeps BatchNorm in eval mode."""
-    from fastai.callback.core import Callback
+    from fastai.callback import schedule  # noqa: F401  (gives a Learner its fine_tune)
+    from fastai.callback.core import Callback, CancelFitException
     from fastai.callback.training import BnFreeze
     from fastai.learner import Learner
     from fastai.losses import CrossEntropyLossFlat
     from fastai.metrics import F1Score
     from fastai.optimizer import Adam
+    from fastai.torch_core import params
     from fastai.vision.augment import Resize, ResizeMethod
     from fastai.vision.data import ImageDataLoaders, Normalize
 
@@ -52,6 +56,20 @@ def fastai_way(job: dict) -> dict:
 
         def before_epoch(self):
             self.opt.set_hyper("lr", 0.001 * 0.1 ** (self.epoch // 7))
+
+    class StopAt(Callback):
+        """End when the score is reached; `fine_tune` fits twice, first the head."""
+
+        order, scores = 100, []  # after the Recorder, which writes the score down
+
+        def after_epoch(self):
+            self.scores.append(float(self.recorder.values[-1][2]))
+            if self.scores[-1] >= job["until"]:
+                raise CancelFitException
+
+    def groups(model):
+        head = params(model.get_submodule(job["head"]))
+        return [[p for p in params(model) if all(p is not q for q in head)], head]
 
     work = bench.work_clock()
     loaders = ImageDataLoaders.from_folder(
@@ -65,18 +83,14 @@ def fastai_way(job: dict) -> dict:
         device=job["device"],
     )
     loaders.train.drop_last = False  # every slice in every epoch, as on the other sides
-    learner = Learner(
-        loaders,
-        frozen_network(job),
-        loss_func=CrossEntropyLossFlat(),
-        opt_func=Adam,
-        metrics=F1Score(average="macro"),
-        cbs=[BnFreeze(), StepDown()],
-        train_bn=False,
-    )
+    given = {"loss_func": CrossEntropyLossFlat(), "opt_func": Adam, "metrics": F1Score(average="macro")}
+    if job["learned"]:
+        learner = Learner(loaders, new_network(job), splitter=groups, cbs=StopAt(), **given)
+    else:
+        learner = Learner(loaders, new_network(job), cbs=[BnFreeze(), StepDown(), StopAt()], train_bn=False, **given)
     with learner.no_bar(), learner.no_logging():
-        learner.fit(job["epochs"], lr=0.001)
-    return {"macro_f1": max(float(row[2]) for row in learner.recorder.values), **work()}
+        learner.fine_tune(job["epochs"]) if job["learned"] else learner.fit(job["epochs"], lr=0.001)
+    return {"macro_f1": max(StopAt.scores), "epochs": len(StopAt.scores), **work()}
 
 
 def lightning_way(job: dict) -> dict:
@@ -91,12 +105,12 @@ def lightning_way(job: dict) -> dict:
     class Classifier(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.model, self.scores, self.seen = frozen_network(job), [], []
+            self.model, self.scores, self.seen = new_network(job), [], []
 
         def on_train_epoch_start(self):
             self.model.train()
             for module in self.model.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.BatchNorm2d) and not job["learned"]:
                     module.eval()
 
         def training_step(self, batch, _):
@@ -111,9 +125,11 @@ def lightning_way(job: dict) -> dict:
             y_true, y_pred = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
             self.scores.append(float(f1_score(y_true, y_pred, average="macro")))
             self.seen.clear()
+            self.trainer.should_stop = self.scores[-1] >= job["until"]
 
         def configure_optimizers(self):
-            optimizer = torch.optim.Adam(self.model.get_submodule(job["head"]).parameters(), lr=0.001)
+            learns = [p for p in self.model.parameters() if p.requires_grad]
+            optimizer = torch.optim.Adam(learns, lr=job["lr"])
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.1)]
 
     work = bench.work_clock()
@@ -142,7 +158,7 @@ def lightning_way(job: dict) -> dict:
         num_sanity_val_steps=0,
     )
     trainer.fit(classifier, *loaders)
-    return {"macro_f1": max(classifier.scores), **work()}
+    return {"macro_f1": max(classifier.scores), "epochs": len(classifier.scores), **work()}
 
 
 JOBS = {"fastai": fastai_way, "lightning": lightning_way}
@@ -178,24 +194,14 @@ def peers_python(folder: Path, names: list[str]) -> str:
     return str(python)
 
 
-def main(arguments: list[str]) -> int:
-    """Run the peers and ours in turns and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(PEERS), default=list(PEERS), help="peers (default: both)")
-    own, rest = parser.parse_known_args(arguments)
-    options = bench.parse(rest)
-    runner = bench.Bench(options)
-    runner.folder.mkdir(parents=True, exist_ok=True)
-    python = peers_python(options.folder, own.only)
-    machine = bench.describe_machine()
-    print(" | ".join(f"{key} {value}" for key, value in machine.items() if value is not None))
-    classes = sum(path.is_dir() for path in (runner.standard_data() / "train").iterdir())
-    found, rows = {"machine": machine}, []
+def section_d(runner: bench.Bench, peers: list[str], python: str) -> dict:
+    """Section a's work, in turns; returns {backbone: weights, runs, ratios}."""
+    options, found, rows = runner.options, {}, []
     for name in options.backbones:
-        sides: dict[str, list[dict]] = {side: [] for side in (*own.only, "ours, cold", "ours, warm")}
+        sides: dict[str, list[dict]] = {side: [] for side in (*peers, "ours, cold", "ours, warm")}
         for seed in range(options.repetitions):
-            job = runner.job(name, seed=seed, classes=classes)
-            for peer in own.only:
+            job = runner.job(name, seed=seed, classes=5)
+            for peer in peers:
                 sides[peer].append(bench.measure(peer, job, python=python, script=__file__))
             with tempfile.TemporaryDirectory(dir=runner.folder) as cache:
                 for side in ("ours, cold", "ours, warm"):
@@ -203,7 +209,7 @@ def main(arguments: list[str]) -> int:
             print(f"  {name}, repetition {seed + 1} of {options.repetitions}", flush=True)
         ratios = {
             f"{peer} / {side}": bench.ratio([r["work_cpu"] for r in sides[peer]], [r["work_cpu"] for r in sides[side]])
-            for peer in own.only
+            for peer in peers
             for side in ("ours, cold", "ours, warm")
         }
         found[name] = {"weights": runner.kinds[name], "runs": sides, "ratios": ratios}
@@ -215,7 +221,46 @@ def main(arguments: list[str]) -> int:
     columns = ["backbone", "side", *bench.CLOCKS.values(), "x cold (CPU, work)", "x warm (CPU, work)", "macro F1"]
     title = f"d. {options.train} + {options.val} slices, {options.epochs} epochs, seconds and ratios (median)"
     bench.print_table(title, columns, rows)
-    (runner.folder / "peers.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def section_t(runner: bench.Bench, peers: list[str], python: str) -> dict:
+    """Time to a validation macro F1, every layer learning, in turns with ours."""
+    options, name, rows = runner.options, "efficientnet_lite0", []
+    given, plain = runner.time_to_score()
+    sides: dict[str, list[dict]] = {side: [] for side in (*peers, "ours")}
+    for seed in range(options.repetitions):
+        for peer in peers:
+            epochs = {"epochs": options.epochs} if peer == "fastai" else {}
+            job = runner.job(name, **{**given, **plain, **epochs}, seed=seed, classes=5)
+            sides[peer].append(bench.measure(peer, job, python=python, script=__file__))
+        sides["ours"].append(runner.cold(name, plan={"unfreeze": "all"}, **given, seed=seed))
+    for side, runs in sides.items():
+        rows.append([side, *(bench.middle([float(run[key]) for run in runs]) for key in bench.TO_SCORE)])
+    bench.print_table(f"t. Time to {given['until']:.2f}, seconds of work", bench.TO_SCORE_COLUMNS, rows)
+    ours = [run["work_cpu"] for run in sides["ours"]]
+    ratios = {peer: bench.ratio([run["work_cpu"] for run in sides[peer]], ours) for peer in peers}
+    return {"until": given["until"], "runs": sides, "ratios": ratios}
+
+
+SECTIONS = {"d": section_d, "t": section_t}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the peers and ours in turns and print a table per section."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(PEERS), default=list(PEERS), help="peers (default: both)")
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="default: both")
+    own, rest = parser.parse_known_args(arguments)
+    options = bench.parse(rest)
+    runner = bench.Bench(options)
+    runner.folder.mkdir(parents=True, exist_ok=True)
+    python = peers_python(options.folder, own.only)
+    found = {"machine": bench.describe_machine()}
+    print(" | ".join(f"{key} {value}" for key, value in found["machine"].items() if value is not None))
+    for section in own.sections:
+        found[section] = SECTIONS[section](runner, own.only, python)
+        (runner.folder / "peers.json").write_text(json.dumps(found, indent=1) + "\n")
     print(f"\nWrote {runner.folder / 'peers.json'}")
     return 0
 
