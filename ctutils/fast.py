@@ -53,6 +53,7 @@ def inference_copy(
         1e-3 folded.
     Source: notebook 02, section 7.
     """
+    reuse_large_blocks()
     fast = copy.deepcopy(backbone).to(device).eval().requires_grad_(False)
     graph = _trace(fast) if fold else None
     if graph is not None:

@@ -51,7 +51,6 @@ def _inference_copy(backbone: nn.Module, precision: str, device: str, fold: bool
     except ImportError:
         plain = copy.deepcopy(backbone).to(device).eval()
         return plain.to(torch.bfloat16) if precision == "bfloat16" else plain
-    reuse_large_blocks()
     return fast.inference_copy(backbone, precision, fold=fold, device=device)
 
 
@@ -118,7 +117,6 @@ def forward_pass(
             bar.update(len(batch))
             yield batch.cpu()
     fast.to("meta")  # a traced network is full of circles: its weights would stay until Python looks for those
-    del images, batch
     reuse_large_blocks(keep=False)
 
 
