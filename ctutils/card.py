@@ -67,19 +67,21 @@ def model_card(run: Run, audit: Iterable[str] | None = None) -> str:
     lines += ["", "## Calibration", *_calibration(run, split)]
     lines += ["", "## Audit of the data"]
     lines += [f"- {line}" for line in audit or ("Not given. Run `python -m ctutils check` on the data set.",)]
-    lines += [
-        "",
-        "## Limits",
-        "- The interval covers the choice of slices or patients only: not another seed, scanner or hospital.",
-    ]
-    if patients is None:
-        lines.append("- Slices of one patient resemble each other; patients are unknown, so the score may be too high.")
-    lines.append("- A high score does not show that the finding was seen. Look at the audit and at notebook 14.")
-    if data["kind"] == "synthetic":
-        lines.append("- The pictures are drawn by a program. The score says nothing about real CT.")
-    if weights["kind"] == "random":
-        lines.append("- The backbone has random weights: this is not transfer learning.")
+    lines += ["", "## Limits", *(f"- {line}" for line in limits(run))]
     return "\n".join(lines) + "\n"
+
+
+def limits(run: Run) -> list[str]:
+    """Return what a run's score does not show, one sentence each."""
+    lines = ["The interval covers the choice of slices or patients only: not another seed, scanner or hospital."]
+    if run.patients("test" if "test" in run.splits else "val") is None:
+        lines.append("Slices of one patient resemble each other; patients are unknown, so the score may be too high.")
+    lines.append("A high score does not show that the finding was seen. Look at the audit and at notebook 14.")
+    if run.record["data"]["kind"] == "synthetic":
+        lines.append("The pictures are drawn by a program. The score says nothing about real CT.")
+    if run.record["weights"]["kind"] == "random":
+        lines.append("The backbone has random weights: this is not transfer learning.")
+    return lines
 
 
 def _counts(counts: dict, classes: Sequence[str]) -> list[str]:

@@ -148,9 +148,12 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--detach", action="store_true", help="do not wait for the jobs")
     sweep.add_argument("--status", action="store_true", help="show the jobs and their runs, whoever submitted them")
 
-    predict = add("predict", _predict, "class and probabilities of pictures or DICOM files")
-    predict.add_argument("run", type=Path, help="run record")
-    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE")
+    predict = add("predict", _predict, "class, confidence and warnings for pictures or DICOM files; a page with --html")
+    predict.add_argument("run", type=Path, help="run record, or its name")
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="files, folders or patterns")
+    predict.add_argument("--csv", type=Path, metavar="FILE", help="write a row a slice")
+    predict.add_argument("--html", type=Path, metavar="FILE", help="write one page: slices, Grad-CAM, similar slices")
+    predict.add_argument("--data", type=Path, metavar="FOLDER", help="the training slices, if they are not found")
     predict.add_argument("--weights", default="auto", help="where the backbone's weights are, as for train")
 
     weights = add("weights", _weights, "fetch and verify all weight files once, for a classroom or a cluster")
@@ -252,6 +255,10 @@ def _train(options: argparse.Namespace) -> int:
     run = run_plan(plan, settings, out, resume=options.resume, replace=False, say=say)
     if run is None:  # the first process says it
         return 0
+    with contextlib.suppress(ImportError, CTError, OSError):  # a training that is done does not fail for it
+        from ctutils.people.reference import remember_training
+
+        remember_training(run, plan, settings)
     record = run.record
     val, test = record["scores"]["val"], record["scores"]["test"]
     content = {"run": str(out), "backbone": run.plan.backbone, "weights": record["weights"]["kind"]}
@@ -315,33 +322,13 @@ def _sweep(options: argparse.Namespace) -> int:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from ctutils.report import predict_files
-    from ctutils.runs import load_run
+    from ctutils.people.command import predict
 
-    rows, failed = predict_files(load_run(options.run), options.images, weights=options.weights)
-    bad = ""
-    if failed:
-        named = "; ".join(f"'{path}' ({why})" for path, why in failed.items())
-        error = CTError(
-            f"{len(failed)} file(s) that cannot be read: {named}",
-            "pictures or axial CT slices",
-            "replace them or leave them out",
-            failed,
-        )
-        if not rows:
-            raise error
-        bad = f"Error: {error}"
-    lines = []
-    for row in rows:
-        scores = "  ".join(f"{name} {value:.3f}" for name, value in row["probabilities"].items())
-        window = "  (DICOM window {:g} {:g} HU)".format(*row["window"]) if row["window"] else ""
-        lines.append(
-            f"{row['image']}: {row['class']}  {scores}{window}{'  (' + row['note'] + ')' if 'note' in row else ''}"
-        )
-    _print(options, {"predictions": rows, "failed": failed}, "\n".join([*lines, "Not for clinical use."]))
-    if failed:
-        print(bad, file=sys.stderr)
-    return 2 if failed else 0
+    content, text, error = predict(options)
+    _print(options, content, text)
+    if error:
+        print(f"Error: {error}", file=sys.stderr)
+    return 2 if error else 0
 
 
 def _weights(options: argparse.Namespace) -> int:

@@ -28,6 +28,7 @@ SCORES = ("loss", "accuracy", "macro_f1")
 HISTORY_COLUMNS = ("epoch", "lr", *(f"{phase}_{name}" for phase in ("train", "val") for name in SCORES), "seconds")
 TENSOR_FILES = ("head.safetensors", "model.safetensors")
 RECORD_FILES = (*TENSOR_FILES, "history.csv", "predictions.csv", "run.json")  # in the order of their writing
+REFERENCE_FILE = "reference.safetensors"  # kept beside a record by the optional room `people`; goes with its record
 NUMBER, OPEN = (int, float), type(None)
 SCHEMA = (  # types, and the keys of run.json that are of them; a dot goes inside
     (str, "created profile device bn trained precision data.name data.kind data.fingerprint"),
@@ -134,7 +135,13 @@ def check_replaceable(folder: str | Path, fingerprint: str | None = None) -> Non
     """
     folder = Path(folder)
     held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name] * folder.exists()
-    known = (*RECORD_FILES, ".DS_Store", ".ipynb_checkpoints", "Thumbs.db")  # the last three come by themselves
+    known = (
+        *RECORD_FILES,
+        REFERENCE_FILE,
+        ".DS_Store",
+        ".ipynb_checkpoints",
+        "Thumbs.db",
+    )  # the last three come by themselves
     if foreign := [name for name in held if name not in known and not name.startswith(".tmp-")]:
         raise CTError(
             f"'{folder}', which holds something else than a run record ({', '.join(foreign[:3])})",
@@ -201,6 +208,7 @@ def save_run(
         if tensors is not None:
             save_file(tensors, temporary / TENSOR_FILES[record["trained"] != "head"])
         (folder / "run.json").unlink(missing_ok=True)  # a record cut off from here on shows as damaged
+        (folder / REFERENCE_FILE).unlink(missing_ok=True)
         for name in RECORD_FILES:
             (folder / name).unlink(missing_ok=True)
             if (temporary / name).exists():

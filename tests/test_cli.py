@@ -283,8 +283,9 @@ def test_predict_says_what_the_record_says(call, call_json, mistake, project, ru
     assert [row["class"] for row in rows] == [CLASSES[k] for k in found.argmax(1)]
     code, out, _ = call("predict", run_folder, paths[0])
     lines = out.splitlines()
-    assert code == 0 and lines[0].startswith(f"{paths[0]}: {rows[0]['class']}  ILD 0.")
-    assert lines[1] == "Not for clinical use."
+    assert code == 0 and lines[0].split() == ["slice", "class", "confidence"]
+    assert lines[1].split() == ["slice", "0.png", rows[0]["class"], f"{rows[0]['confidence']:.2f}"]
+    assert lines[2] == "Not for clinical use."
     (tmp_path / "text.png").write_text("hello")
     mistake("predict", run_folder, tmp_path / "text.png", says=["text.png"])
     code, out, error = call("predict", run_folder, paths[0], tmp_path / "text.png", "--json")
