@@ -356,33 +356,36 @@ def read_patients(root: Path, paths: pd.Series) -> tuple[np.ndarray, list[str]]:
 def share_out(labels: list[str], groups: list, shares: dict[str, float], seed: int = SPLIT_SEED) -> list[str]:
     """Share rows out to splits, class by class, so that rows of one group stay together.
 
-    The largest groups go first, each where most is lacking; no split stays without a group of a class.
+    The rarest class goes first, of a class the largest groups, each where most is lacking; no split stays without a
+    class. A group may hold several classes: a patient with healthy and diseased slices.
 
     Args:
         labels: class of each row.
-        groups: patient, content or file of each row; one with several classes counts for the most frequent.
+        groups: patient, content or file of each row.
         shares: share of each split; they sum to 1.
     Returns:
         the split of each row.
     Raises:
-        CTError: a class has fewer groups than there are splits.
+        CTError: a class has fewer groups than there are splits, or its groups are tied to others'.
     """
-    table = pd.DataFrame({"label": labels, "group": groups})
-    sizes, label_of = table["group"].value_counts(), table.groupby("group")["label"].agg(lambda one: one.mode()[0])
+    counts = pd.crosstab(pd.Series(groups, name="group"), pd.Series(labels, name="label"))
     rng, split_of = np.random.default_rng(seed), {}
-    for label in sorted(set(labels)):
-        members = rng.permutation(np.array(sorted(label_of.index[label_of == label]), dtype=object))
-        if len(members) < len(shares):
+    drawn = {c: rng.permutation(np.array(sorted(counts.index[counts[c] > 0]), dtype=object)) for c in sorted(counts)}
+    for label in sorted(drawn, key=lambda c: len(drawn[c])):
+        sizes, members = counts[label], drawn[label]
+        there = {split: [g for g in members if split_of.get(g) == split] for split in shares}
+        left = sorted((group for group in members if group not in split_of), key=lambda group: -sizes[group])
+        if len(members) < len(shares) or len(left) < sum(not some for some in there.values()):
             found = f"{len(members)} independent group(s) of slices of class '{label}' to share out"
             expected = f"{len(shares)}, one for each of {', '.join(shares)}; slices of one patient, and twins, are one"
-            raise CTError(found, expected, "add slices of other patients, or sort the files into the splits by hand")
-        total = sizes[members].sum()
-        lacking = {split: share * total for split, share in shares.items()}
-        members = sorted(members, key=lambda group: -sizes[group])
-        for left, group in zip(range(len(members), 0, -1), members, strict=True):
-            empty = [split for split, share in shares.items() if lacking[split] == share * total]
-            split = max(empty if left <= len(empty) else shares, key=lacking.get)
+            mend = "add slices of other patients, or say the splits: in split folders, or in labels.csv, column split"
+            raise CTError(found, expected, mend)
+        lacking = {split: share * sizes.sum() - sizes[there[split]].sum() for split, share in shares.items()}
+        for at, group in enumerate(left):
+            empty = [split for split in shares if not there[split]]
+            split = max(empty if len(left) - at <= len(empty) else shares, key=lacking.get)
             split_of[group] = split
+            there[split].append(group)
             lacking[split] -= sizes[group]
     return [split_of[group] for group in groups]
 

@@ -83,7 +83,8 @@ def _refuse_other(dataset) -> None:
     for frame in range(frames if "PerFrameFunctionalGroupsSequence" in dataset else 1):
         _rescale(dataset, frame)
         axes = _group(dataset, frame, "PlaneOrientationSequence").get("ImageOrientationPatient")
-        if axes and not abs(axes[0] * axes[4] - axes[1] * axes[3]) > 0.8:  # a tilted gantry stays below 37 degrees
+        # Of a tilted gantry, which stays below 37 degrees, the product is above 0.8.
+        if axes and (len(axes) != 6 or not abs(axes[0] * axes[4] - axes[1] * axes[3]) > 0.8):
             raise BadFile("not axial (its orientation is coronal, sagittal or oblique)")
 
 
@@ -98,7 +99,10 @@ def _rescale(dataset, frame: int) -> tuple[float, float]:
     """Return slope and intercept to HU."""
     holder = _group(dataset, frame, "PixelValueTransformationSequence")
     values = [holder.get(key) for key in ("RescaleSlope", "RescaleIntercept")]
-    slope, intercept = (math.nan if value in (None, "") else float(value) for value in values)
+    try:
+        slope, intercept = (math.nan if value in (None, "") else float(value) for value in values)
+    except (TypeError, ValueError):  # several values, or no number
+        slope = intercept = math.nan
     unit = holder.get("RescaleType") or HU
     if slope == 0 or not math.isfinite(slope + intercept) or unit not in (HU, "US"):
         raise BadFile(f"no rescale to HU (slope {values[0]}, intercept {values[1]}, unit {unit})")

@@ -266,11 +266,12 @@ def _check_names(pictures: list[Picture]) -> None:
 
 
 def _find_format(entries: list[Entry]) -> str:
-    """Tell the format from AI Hub labels, else DICOM files, else it is an image folder."""
+    """Tell the format from AI Hub labels, else by what is more: DICOM files or pictures."""
     labels = [entry for entry in entries if entry.path.suffix.lower() == ".json"][:5]
     if any(_parse_label(entry) for entry in labels):
         return "aihub"
-    return "dicom" if any(_is_dicom(entry) for entry in entries) else "folder"
+    pictures = sum(entry.path.suffix.lower() in IMAGE_SUFFIXES for entry in entries)
+    return "dicom" if sum(map(_is_dicom, entries)) > pictures else "folder"
 
 
 def _decode_name(raw: bytes) -> str:

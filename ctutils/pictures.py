@@ -47,7 +47,7 @@ def blamed() -> Iterator[None]:
         why = getattr(error, "strerror", None) or " ".join(str(error).split())
         if not isinstance(error, (OSError, SyntaxError, ValueError, Image.DecompressionBombError)) or not why:
             why = f"{type(error).__name__} {why}".strip()
-        raise BadFile("not a picture" if isinstance(error, Image.UnidentifiedImageError) else why) from error
+        raise BadFile("not a picture" if isinstance(error, Image.UnidentifiedImageError) else why[:250]) from error
 
 
 def read_file(path: str | Path) -> bytes:

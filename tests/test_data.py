@@ -286,6 +286,12 @@ def test_shares_are_kept_whatever_the_sizes_of_the_groups():
     assert data.share_out(["a"] * 9, [0, *[1] * 7, 2], {"train": 0.8, "val": 0.1, "test": 0.1})[1] == "train"
     with user_error("2 independent group(s)", "'a'", "train, val, test"):
         data.share_out(["a"] * 3, [0, 1, 1], {"train": 0.8, "val": 0.1, "test": 0.1})
+    # Patients with healthy and diseased slices: each stays whole, and each split has both classes.
+    shares, few = {"train": 0.6, "val": 0.2, "test": 0.2}, (["a"] * 20 + ["b"] * 4, [*range(20), *range(3), 9])
+    for labels, patients in ((["a", "b"] * 12, [i // 4 for i in range(24)]), few):
+        splits = data.share_out(labels, patients, shares)
+        assert set(zip(labels, splits, strict=True)) == {(label, split) for label in "ab" for split in shares}
+        assert len(set(zip(patients, splits, strict=True))) == len(set(patients))
 
 
 # --- Bad input: one message each ---

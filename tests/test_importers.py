@@ -294,6 +294,15 @@ def test_patients_of_subfolders_and_of_a_table_stay_together(tmp_path, src, out)
     assert len(set(hashed.values())) == 6 == len({(patient, path.split("/")[0]) for path, patient in hashed.items()})
 
 
+def test_a_mixed_folder_is_read_as_what_is_more(src, out):
+    """One stray DICOM file among pictures once threw all pictures out."""
+    put(src, numbered(*[f"{split}/{label}/{i}.png" for split in ("train", "val") for label in "AB" for i in range(2)]))
+    dicom(src / "train" / "A" / "scan.dcm", body())
+    summary = import_dataset(src, out)
+    assert (summary["format"], summary["images"]) == ("folder", 8)
+    assert [row["path"] for row in summary["skipped"]] == ["train/A/scan.dcm"]
+
+
 def test_what_is_left_out_is_named(src, out, monkeypatch):
     """Links, hidden folders, nested archives, huge and odd files: none vanishes, none ends the import."""
     link = zipfile.ZipInfo("link.png")
@@ -564,7 +573,8 @@ def orientation(*axes: float) -> dict:
         ({"ImageType": ["DERIVED", "SECONDARY", "PROJECTION IMAGE"]}, "PROJECTION"),
         (orientation(1, 0, 0, 0, 0, -1), "not axial"),
         (orientation(0, 1, 0, 0, 0, -1), "not axial"),
-        *[({"RescaleSlope": slope}, "no rescale to HU") for slope in (None, 0, "nan")],
+        *[({"RescaleSlope": slope}, "no rescale to HU") for slope in (None, 0, "nan", [1, 2])],
+        (orientation(1, 0, 0), "not axial"),
         ({"RescaleIntercept": None}, "no rescale to HU"),
         ({"RescaleType": "mgml"}, "unit mgml"),
         ({"ModalityLUTSequence": [pydicom.Dataset()]}, "Modality LUT"),
