@@ -24,6 +24,7 @@ lab: .venv/.installed ## JupyterLab on notebooks/
 
 notebooks: .venv/.installed ## run the notebooks in profile standard and store their outputs in place
 	$(PY) notebooks/run_notebooks.py --in-place $(if $(NOTEBOOKS),--only $(NOTEBOOKS))
+	$(PY) notebooks/run_notebooks.py --in-place --solutions $(if $(NOTEBOOKS),--only $(NOTEBOOKS))
 
 slides: .venv/.installed ## slides of the taught notebooks, in data/slides (some: NOTEBOOKS="05 09")
 	$(PY) notebooks/make_slides.py $(if $(NOTEBOOKS),--only $(NOTEBOOKS))

@@ -3,6 +3,7 @@
 python notebooks/run_notebooks.py                 all notebooks
 python notebooks/run_notebooks.py --only 05 09    some
 python notebooks/run_notebooks.py --in-place      store the outputs, profile standard
+python notebooks/run_notebooks.py --solutions     those of the exercises, in notebooks/solutions
 """
 
 import argparse
@@ -196,16 +197,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run the notebooks in order.")
     parser.add_argument("--only", nargs="+", metavar="NN", help="numbers of the notebooks to run, e.g. 05 09")
     parser.add_argument("--in-place", action="store_true", help="store the outputs (profile standard)")
+    parser.add_argument("--solutions", action="store_true", help="run notebooks/solutions instead")
     parser.add_argument("--timeout", type=int, help="seconds a cell may take (default: no limit)")
     options = parser.parse_args(arguments)
     set_environment(options.in_place)
+    below = "solutions" if options.solutions else "."
+    executed = EXECUTED / below
     try:
-        paths = find_notebooks(FOLDER, options.only)
+        paths = find_notebooks(FOLDER / below, options.only)
         profile = prepare_data()
         os.environ["CT_PROGRESS"] = "0"  # from here on a line a notebook is the progress
         with tempfile.TemporaryDirectory(prefix="ct-ipython-") as ipython_dir:
             os.environ["IPYTHONDIR"] = ipython_dir  # no start-up files, no history of the user's
-            outcomes = run_all(paths, EXECUTED, in_place=options.in_place, profile=profile, timeout=options.timeout)
+            outcomes = run_all(paths, executed, in_place=options.in_place, profile=profile, timeout=options.timeout)
     except CTError as error:
         print(error, file=sys.stderr)
         return 1
@@ -220,11 +224,13 @@ def main(arguments: list[str] | None = None) -> int:
     for outcome in failed:
         print(f"FAILED {outcome.name}.ipynb, {outcome.error}")
     if not options.in_place:
-        print(f"Executed copies: {EXECUTED.relative_to(ROOT)}\n", flush=True)
+        print(f"Executed copies: {executed.relative_to(ROOT)}\n", flush=True)
+        if options.solutions:
+            return 1 if failed else 0
         results = subprocess.run([sys.executable, "-m", "ctutils", "results"], cwd=ROOT)
         if results.returncode and not options.only:  # with --only there may be no record yet
             return 1
-    elif not failed and not options.only:
+    elif not (failed or options.only or options.solutions):
         publish()
     return 1 if failed else 0
 

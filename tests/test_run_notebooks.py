@@ -140,6 +140,12 @@ def test_main_reports_and_exits_with_1_on_failure(folder, stub_main, capsys):
     assert "1 of 2 notebooks ok" in out and "FAILED 00_fails.ipynb, cell 1: ValueError: first line" in out
     assert stub_main.call_args.args[0][1:] == ["-m", "ctutils", "results"]
     assert run_notebooks.main(["--only", "01"]) == 0
+    (folder / "solutions").mkdir()
+    write_notebook(folder / "solutions" / "01_solutions.ipynb", "1")
+    stub_main.reset_mock()
+    assert run_notebooks.main(["--solutions"]) == 0 and not stub_main.called
+    executed = folder / "data" / "executed"
+    assert (executed / "solutions" / "01_solutions.ipynb").exists() and not (executed / "01_solutions.ipynb").exists()
     assert run_notebooks.main(["--only", "07"]) == 1
     assert "Found no notebook '07'" in capsys.readouterr().err
 
