@@ -118,11 +118,18 @@ class Group:
 
     def checkpoint(self):
         """Say to submitit, shortly before the time limit or on preemption, what goes on after a requeue: the same."""
+        limit = time.time() - self.start > 60 * self.minutes - _signal(self.minutes) - 75  # Slurm may be a minute early
+        self.too_short = limit and self._so_far() == self.before
+        if self.too_short:
+            return None
         from submitit.core.utils import DelayedSubmission
 
-        limit = time.time() - self.start > 60 * self.minutes / 3
-        self.too_short = limit and self._so_far() == self.before
-        return None if self.too_short else DelayedSubmission(self)
+        return DelayedSubmission(self)
+
+
+def _signal(minutes: int) -> int:
+    """Return how many seconds before its end a job is told of it."""
+    return min(90, 15 * minutes)
 
 
 def command(options) -> tuple[dict, str]:
@@ -202,7 +209,7 @@ def submit(
     room = sweep.folder(settings) / ".cluster"
     room.mkdir(parents=True, exist_ok=True)
     with FileLock(room / "lock"):  # a second submitter waits, and finds the jobs of the first
-        alive = _alive(room) or {}
+        alive, stamps = _alive(room)
         jobs, prints = _not_done(sweep, settings, alive, say)
         weights = _weights(jobs, settings, strict=on == "slurm")
         _make_stores(jobs, settings)
@@ -213,17 +220,17 @@ def submit(
             timeout_min=minutes,
             gpus_per_node=int(settings.device.startswith("cuda")),
             name=f"ct-{stamp}",
-            slurm_signal_delay_s=min(90, 15 * minutes),
+            slurm_signal_delay_s=_signal(minutes),
             slurm_additional_parameters={"requeue": True},  # when a node dies
             **({"slurm_partition": partition} if partition else {}),
             **({"slurm_array_parallelism": parallel} if parallel else {}),
         )
-        about = {"names": [[job.name for job in group] for group, _ in groups], "prints": prints}
+        about = {"on": on, "names": [[job.name for job in group] for group, _ in groups], "prints": prints}
         given = (settings, weights, stamp, minutes, keep_weights)
         one = [Group(dataclasses.replace(sweep, jobs=tuple(group)), *given, shared) for group, shared in groups]
         if groups:
             for path in room.glob("*.json"):  # of jobs that are gone
-                if path.stem not in {submission for submission, _ in alive.values()}:
+                if path.stem not in stamps:
                     path.unlink()
                     shutil.rmtree(room / path.stem, ignore_errors=True)
             for job in jobs:
@@ -259,23 +266,23 @@ def watch(
     try:
         while True:
             queue = (ask or _queue)(room)
-            rows = states(sweep, settings, queue)
+            rows = states(sweep, settings, queue, "local" if ask else "slurm")
             if tty:
                 sys.stdout.write(f"\033[{drawn}A\033[J" if drawn else "")
+            first = not before
             for row in rows:
                 row["node"] = nodes.setdefault(row["run"], row["node"]) if not row["node"] else row["node"]
                 nodes[row["run"]] = row["node"]
                 now = (row["status"], row["node"])
-                if before.get(row["run"]) != now and (before or row["status"] != "done"):
+                if before.get(row["run"]) != now and not (first and row["status"] == "done"):
                     say(_line(row))
                 before[row["run"]] = now
             if queue is None and not silent:
                 say("The scheduler does not answer; waiting for it.")
             silent = queue is None
-            if not any(row["status"] in ("queued", "running", "unknown") for row in rows):
-                ended += 1
-                if ended > 1 or not any(row["status"] == "ended" for row in rows):  # a shared folder may be late
-                    return rows
+            ended = 0 if any(row["status"] in ("queued", "running", "unknown") for row in rows) else ended + 1
+            if ended > 1 or (ended and not any(row["status"] == "ended" for row in rows)):  # a folder may be late
+                return rows
             if tty:
                 busy = [row for row in rows if row["status"] in ("running", "failed", "ended")][:20]
                 text = "\n".join([counts(rows), *map(_line, busy)])
@@ -288,7 +295,7 @@ def watch(
         raise
 
 
-def states(sweep: Sweep, settings: Settings, queue: dict | None = ...) -> list[dict]:
+def states(sweep: Sweep, settings: Settings, queue: dict | None = ..., on: str = "slurm") -> list[dict]:
     """Return a dict a run: `COLUMNS`. It makes nothing and needs no process that submitted anything.
 
     Status is done, failed, queued, running, ended (the job is gone and left neither record nor message), unknown (the
@@ -299,7 +306,8 @@ def states(sweep: Sweep, settings: Settings, queue: dict | None = ...) -> list[d
     queue = _queue(room) if queue is ... else queue
     submitted = {}  # run -> its newest job
     for stamp, about in reversed(_submissions(room)):
-        submitted |= {name: (stamp, i) for i, names in enumerate(about["names"]) for name in names}
+        if about["on"] == on:
+            submitted |= {name: (stamp, i) for i, names in enumerate(about["names"]) for name in names}
     for row in rows:
         stamp, index = submitted.get(row["run"], ("", 0))
         state, node, seconds, number = (queue or {}).get((stamp, index), ("", "", math.nan, ""))
@@ -336,7 +344,7 @@ def _submissions(room: Path) -> list[tuple[str, dict]]:
     found = []
     for path in sorted(room.glob("*.json"), reverse=True):
         with suppress(CTError, KeyError):  # another process may just remove it
-            found.append((path.stem, {key: read_json(path)[key] for key in ("names", "prints")}))
+            found.append((path.stem, {key: read_json(path)[key] for key in ("on", "names", "prints")}))
     return found
 
 
@@ -373,16 +381,17 @@ def _queue(room: Path) -> dict[tuple[str, int], tuple[str, str, float, str]] | N
     return found
 
 
-def _alive(room: Path) -> dict[str, tuple[str, str]] | None:
-    """Return the runs that are in living jobs: run -> (submission, digest of what it is to be)."""
-    queue, found = _queue(room), {}
+def _alive(room: Path) -> tuple[dict[str, str], set[str]]:
+    """Return the runs in living jobs, with the digest of what each is to be, and the submissions of these jobs."""
+    queue, found, stamps = _queue(room), {}, set()
     if queue is None:
         raise CTError("a scheduler that does not answer", "Slurm's squeue", "wait, or ask whoever runs the cluster")
     for stamp, about in reversed(_submissions(room)):
         for index, names in enumerate(about["names"]):
             if queue.get((stamp, index), ("COMPLETED",))[0] not in OVER:
-                found |= {name: (stamp, about["prints"][name]) for name in names}
-    return found
+                found |= {name: about["prints"][name] for name in names}
+                stamps.add(stamp)
+    return found, stamps
 
 
 def _why(room: Path, stamp: str, index: int, state: str) -> str:
@@ -430,7 +439,7 @@ def _not_done(sweep: Sweep, settings: Settings, alive: dict, say: Callable) -> t
         wanted = {**_identity(job.plan, settings), "slices": loaded[data]}
         changes = _changes(sweep.folder(settings) / job.name, wanted)[1]
         digest = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12]
-        if changes and alive.get(job.name, ("", ""))[1] == digest:
+        if changes and alive.get(job.name) == digest:
             there += 1
         elif changes:
             jobs.append(job)

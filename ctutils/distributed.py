@@ -175,7 +175,7 @@ def _batchnorm(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        self.running_var.lerp_(var * count / (count - 1).clamp(min=1), self.momentum)
     y = centred * (var + self.eps).rsqrt().view(shape)
     y = (y * self.weight.view(shape) + self.bias.view(shape)).to(kind)
     return self.act(self.drop(y)) if hasattr(self, "act") else y  # timm's has its activation inside

@@ -14,8 +14,8 @@ from test_experiment import BN, settings_in
 from ctutils import cli, cluster, config
 from ctutils.base import write_json
 from ctutils.cluster import counts, states, submit
-from ctutils.runs import load_run
-from ctutils.sweep import Sweep, read_sweep, run_sweep
+from ctutils.runs import claim, load_run
+from ctutils.sweep import Outcome, Sweep, read_sweep, run_sweep
 
 TEXT = f"""
 seeds = [0, 1]
@@ -89,7 +89,11 @@ def test_runs_that_would_be_random_without_being_asked_to_are_refused(sweep, set
 
 def test_the_table_says_what_each_run_does_from_files_and_the_queue_alone(sweep, settings):
     names, folder = [job.name for job in sweep.jobs], sweep.folder(settings)
-    about = {"names": [names[:4], names[4:6], names[6:7], names[7:]], "prints": dict.fromkeys(names, "1")}
+    about = {
+        "on": "slurm",
+        "names": [names[:4], names[4:6], names[6:7], names[7:]],
+        "prints": dict.fromkeys(names, "1"),
+    }
     write_json(folder / ".cluster" / "20260101-1.json", about)
     write_json(folder / f"{names[0]}.failed.json", {"run": names[0], "error": "boom"})
     (folder / ".cluster" / "20260101-1").mkdir()
@@ -105,9 +109,30 @@ def test_the_table_says_what_each_run_does_from_files_and_the_queue_alone(sweep,
     assert counts(rows) == "1 failed, 1 running, 4 queued, 2 ended"
     lost = states(sweep, settings, None)
     assert [row["status"] for row in lost] == ["failed", *["unknown"] * 7] and math.isnan(lost[1]["seconds"])
-    write_json(folder / ".cluster" / "20260102-1.json", {"names": [names[1:2]], "prints": {names[1]: "2"}})
+    write_json(folder / ".cluster" / "20260102-1.json", {**about, "names": [names[1:2]], "prints": {names[1]: "2"}})
     assert states(sweep, settings, queue)[1]["status"] == "ended", "the newer job counts"
     assert cluster._submitted_in(folder, names[1]) == "20260102-1"
+
+
+def test_a_job_waits_for_who_holds_its_record_and_says_when_its_time_is_too_short(sweep, settings, monkeypatch):
+    job, done = sweep.jobs[0], []
+    one = dataclasses.replace(sweep, jobs=(job,))
+    group = cluster.Group(one, settings, {job.name: "random"}, "now", 60)
+    held = claim(sweep.folder(settings) / job.name)  # by a job on a node that Slurm has given up, say
+    monkeypatch.setattr(cluster.time, "sleep", lambda seconds: held.lock.release())
+
+    def run(some, *args, **options):
+        assert not held.lock.is_locked
+        done.append(some.jobs)
+        group.start -= 3600  # Slurm's signal, and no epoch was finished
+        assert group.checkpoint() is None
+        return Outcome((), (), {job.name: "cut"}, 1.0)
+
+    monkeypatch.setattr(cluster, "run_sweep", run)
+    (message,) = group().values()
+    assert done == [(job,)]
+    check_message(message, "60 minutes in which no epoch was finished", "--minutes")
+    assert states(one, settings, {})[0]["why"] == message
 
 
 @needs_submitit
