@@ -152,7 +152,8 @@ def train_text(run: "Run", root: Path, verdicts: list[str] | None) -> str:
     slices = [root / path for path in run.of_split("test")["path"]]
     example = next((path for path in slices[:1] if path.is_file()), "slice.png")
     wrong = verdicts is None or any(verdict.startswith("error: ") for verdict in verdicts)
-    steps = [("check", root)] * wrong + [("predict", run.folder, example), ("results", "--card", run.folder)]
+    look = ("predict", run.folder, example, "--html", "report.html")
+    steps = [("check", root)] * wrong + [look, ("results", "--card", run.folder)]
     lines += [textwrap.fill(f"Careful: {text}", 80, subsequent_indent=" " * 9) for text in doubts(run, verdicts)]
     return "\n".join([*lines, "Next:", *(f"  {command(*step)}" for step in steps)])
 

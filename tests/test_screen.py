@@ -52,10 +52,10 @@ def test_what_to_type_next_can_be_typed(tmp_path, monkeypatch):
         lines = screen.train_text(run(ILD=30), tmp_path, verdicts).splitlines()
         steps = [shlex.split(line) for line in lines if line[:2] == "  "]
         assert [words[3] for words in steps][:1] == [first] and all(words[1:3] == ["-m", "ctutils"] for words in steps)
-    assert steps[0][4:] == ["runs/one run", "slice.png"], "no such slice: a name to replace"
+    assert steps[0][4:6] == ["runs/one run", "slice.png"], "no such slice: a name to replace"
     (tmp_path / "test" / "ILD").mkdir(parents=True)
     (tmp_path / "test" / "ILD" / "slice 0.png").touch()
     line = screen.train_text(run(ILD=30), tmp_path, []).splitlines()[-2]
-    assert shlex.split(line)[-1] == str(tmp_path / "test/ILD/slice 0.png")
+    assert shlex.split(line)[-3] == str(tmp_path / "test/ILD/slice 0.png")
     monkeypatch.setattr(sys, "argv", ["/somewhere/bin/ctutils"])
     assert screen.command("check", "a b") == "ctutils check 'a b'"
