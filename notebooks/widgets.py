@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 import io
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -129,29 +128,25 @@ def erase(folder, models: dict, backbone: str, size: int) -> None:
     )
 
 
-def own_slice(run, model, example: str | Path) -> None:
+def own_slice(run, example: str | Path) -> None:
     """Upload a slice (PNG, JPEG, DICOM, ...): its class, the probabilities, and where the network looked.
 
     Args:
-        run: the record, which says how its slices were read; model: its network.
+        run: a record with its weights.
         example: the file to begin with.
     """
+    from ctutils.people.predict import Predictor
+
+    predictor = Predictor(run)
 
     def draw(file) -> Figure | str:
-        from ctutils.report import _read_any
-
-        name, content = (file[0]["name"], bytes(file[0]["content"])) if file else (Path(example).name, None)
+        name = file[0]["name"] if file else Path(example).name
         try:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(example) if content is None else Path(folder) / f"slice{Path(name).suffix}"
-                if content is not None:
-                    path.write_bytes(content)
-                _, grey = _read_any(path, run.record["data"])[0]
+            one, *_ = predictor.read(name, bytes(file[0]["content"]) if file else Path(example).read_bytes())
         except BadFile as error:
             return f"'{name}' cannot be read as a slice: {error}"
-        picture = np.asarray(resize(grey, run.plan.size))
-        answer = _ask(model, run.plan.backbone, picture)
-        return _answer(picture, *answer, run.classes, name, "Not for clinical use")
+        predictor.predict([one], heat=True)
+        return _answer(one.grey, one.probabilities, one.heat, run.classes, name, "Not for clinical use")
 
     controls = {"file": ipywidgets.FileUpload(accept="", multiple=False, description="your own slice")}
     return _live(draw, controls, "A slice, Grad-CAM's heat over it, and the probability of each class.")

@@ -94,10 +94,18 @@ def test_erase(shown, network):
     assert "finding erased, own scanner" in title and changed
 
 
-def test_own_slice(shown, network, tmp_path):
+def test_own_slice(shown, monkeypatch, tmp_path):
     Image.fromarray(picture(0, 0)).save(tmp_path / "one.png")
     run = SimpleNamespace(record={"data": {}}, plan=SimpleNamespace(size=48, backbone="x"), classes=CLASSES)
-    widgets.own_slice(run, network, tmp_path / "one.png")
+    predictor = importlib.import_module("ctutils.people.predict").Predictor
+
+    def predict(self, slices, heat):
+        for one in slices:
+            one.probabilities, one.heat = SCORES[0], np.zeros(one.grey.shape)
+
+    monkeypatch.setattr(predictor, "__init__", lambda self, run: setattr(self, "run", run))
+    monkeypatch.setattr(predictor, "predict", predict)
+    widgets.own_slice(run, tmp_path / "one.png")
     assert shown.titles[0].startswith("one.png: called ")
 
     def upload(name: str, content: bytes):
