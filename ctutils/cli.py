@@ -156,6 +156,15 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--data", type=Path, metavar="FOLDER", help="the training slices, if they are not found")
     predict.add_argument("--weights", default="auto", help="where the backbone's weights are, as for train")
 
+    export = add(
+        "export", _export, "a run's network as one ONNX (.onnx) or torch.export (.pt2) file, preprocessing in it"
+    )
+    export.add_argument("run", type=Path, help="run record, or its name")
+    export.add_argument(
+        "out", type=Path, metavar="FILE", help="its suffix says the format; .onnx needs the extra export"
+    )
+    export.add_argument("--weights", default="auto", help="where the backbone's weights are, as for train")
+
     weights = add("weights", _weights, "fetch and verify all weight files once, for a classroom or a cluster")
     weights.add_argument("backbones", nargs="*", metavar="BACKBONE", help="which (default: all)")
     place = "folder to fill and then to name in CT_WEIGHTS (default: CT_WEIGHTS if it is one, else torch's cache)"
@@ -329,6 +338,18 @@ def _predict(options: argparse.Namespace) -> int:
     if error:
         print(f"Error: {error}", file=sys.stderr)
     return 2 if error else 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from ctutils.config import get_settings
+    from ctutils.people.export import export_run
+    from ctutils.people.predict import find_run
+    from ctutils.runs import load_run
+
+    content = export_run(load_run(find_run(options.run, get_settings())), options.out, options.weights)
+    text = "{file}: {bytes} bytes; its probabilities differ by {difference:.1g} at most. Not for clinical use."
+    _print(options, content, text.format(**content))
+    return 0
 
 
 def _weights(options: argparse.Namespace) -> int:

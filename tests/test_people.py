@@ -274,3 +274,38 @@ def test_overlay_shows_the_heat_where_it_is():
     heat[2, 3] = 1
     shown = np.asarray(page.overlay(np.full((8, 8), 100, np.uint8), heat)).astype(int)
     assert (shown[heat == 0] == 100).all() and abs(shown[2, 3] - 100).max() > 50
+
+
+# ---------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("suffix", [".pt2", ".onnx"])
+def test_export_gives_what_predict_gives(project, tmp_path, capsys, suffix):
+    """On slices of other sizes, too: the resize is in the file."""
+    if suffix == ".onnx":
+        for name in ("onnxscript", "onnxruntime"):
+            pytest.importorskip(name, reason="the extra export is not installed")
+    out, run = tmp_path / f"모델{suffix}", load_run(project.run)
+    assert cli.main(["export", project.run.name, str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["difference"] <= 1e-4
+    rng = np.random.default_rng(0)
+    for number, size in enumerate([(512, 512), (90, 333), (30, 64)]):
+        pixels = np.kron(rng.integers(0, 256, (10, 10)), np.ones((52, 52))).astype(np.uint8)
+        Image.fromarray(pixels).resize(size).save(tmp_path / f"{number}.png")
+    slices, _ = predict.Predictor(run).predict_files(sorted(tmp_path.glob("*.png")))
+    if suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(out)
+        about = session.get_modelmeta().custom_metadata_map
+        assert json.loads(about["classes"]) == list(run.classes) and "clinical" in about["use"]
+    else:
+        module = torch.export.load(out).module()
+    for one in slices:
+        grey = np.asarray(Image.open(one.image))[None, None]
+        given = session.run(None, {"slices": grey})[0] if suffix == ".onnx" else module(torch.tensor(grey)).detach()
+        np.testing.assert_allclose(np.asarray(given)[0], one.probabilities, atol=1e-4)
+
+
+def test_export_to_another_format_is_refused(project, tmp_path, user_says):
+    user_says(["export", str(project.run), str(tmp_path / "model.h5")], "model.h5", ".onnx")
