@@ -15,6 +15,7 @@ import pandas as pd
 import pytest
 from helpers import REAL_CT, files_below, needs_real_ct, user_error
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
 from ctutils.audit import (
@@ -22,6 +23,7 @@ from ctutils.audit import (
     clean,
     clean_copy,
     decode_pass,
+    doubted_labels,
     exact_duplicates,
     group_slices,
     near_duplicates,
@@ -259,6 +261,17 @@ def with_text(image: Image.Image) -> Image.Image:
     return image
 
 
+def with_dot(image: Image.Image) -> Image.Image:
+    ImageDraw.Draw(image).rectangle((31, 30, 33, 32), fill=20)
+    return image
+
+
+def text_chunk() -> PngInfo:
+    info = PngInfo()
+    info.add_text("Station 3", "x")
+    return info
+
+
 MARKS = {  # what one class of three bears: (the change, how it is saved, the probe that must see it)
     "text in a corner": (with_text, {}, "border and corners"),
     "a frame": (lambda image: ImageOps.expand(image.crop((1, 1, 63, 63)), 1, fill=20), {}, "border and corners"),
@@ -268,6 +281,13 @@ MARKS = {  # what one class of three bears: (the change, how it is saved, the pr
     "larger": (lambda image: image.resize((66, 66)), {}, "picture size"),
     "less compressed": (lambda image: image, {"compress_level": 1}, "file size and metadata"),
     "with a resolution": (lambda image: image, {"dpi": (96, 96)}, "file size and metadata"),
+    "with a text chunk": (lambda image: image, {"pnginfo": text_chunk()}, "file size and metadata"),
+    "with a dot inside": (with_dot, {}, "marks inside"),
+    "shifted": (
+        lambda image: ImageOps.expand(image.crop((9, 6, 64, 64)), (0, 0, 9, 6), 55),
+        {},
+        "place in the picture",
+    ),
     "in colour mode": (lambda image: image.convert("RGB"), {}, "file size and metadata"),
 }
 
@@ -285,7 +305,7 @@ def unmarked(tmp_path_factory):
 
 def test_no_probe_is_flagged_without_a_shortcut(unmarked):
     probes = shortcut_probes(unmarked[1])
-    assert len(probes) == 7 and not probes["flagged"].any(), probes
+    assert len(probes) == 10 and not probes["flagged"].any(), probes
     assert ((probes["low"] <= probes["macro_f1"]) & (probes["macro_f1"] <= probes["high"])).all()
     assert (probes["threshold"] > probes["chance"]).all() and (probes["slices"] == 72).all()
 
@@ -303,6 +323,50 @@ def test_a_planted_shortcut_is_flagged(unmarked, tmp_path, mark):
     decoded, probe = look(marked(unmarked[0], tmp_path / "set", mark)), MARKS[mark][2]
     some = dataclasses.replace(decoded, features={probe: decoded.features[probe]})
     assert shortcut_probes(some)["flagged"].all()
+
+
+def test_a_pattern_of_file_names_is_flagged_and_the_class_in_them_is_not(unmarked, tmp_path):
+    def probe(out: Path) -> bool:
+        decoded = look(out)
+        some = dataclasses.replace(decoded, features={"file name": decoded.features["file name"]})
+        return shortcut_probes(some)["flagged"].all()
+
+    out = shutil.copytree(unmarked[0], tmp_path / "set")
+    for path in out.glob("*/c/*.png"):
+        path.rename(path.with_name(f"CT_C_{path.name}"))
+    for path in [*out.glob("*/[ab]/*.png")]:
+        path.rename(path.with_name(f"CT_{path.parent.name}_{path.name}"))
+    assert not probe(out)
+    for path in out.glob("*/c/*.png"):
+        path.rename(path.with_name(path.name.replace("CT_C_", "scan ")))
+    assert probe(out)
+
+
+def test_swapped_labels_are_doubted_most_doubtful_first(unmarked, tmp_path):
+    out = shutil.copytree(unmarked[0], tmp_path / "set")
+    for path in out.glob("*/c/*.png"):
+        read_grey(path).point(lambda grey: grey * 0.6).save(path)
+    wrong = sorted(out.glob("train/c/*.png"))[0]
+    wrong.rename(out / "train/a" / wrong.name)
+    doubts = doubted_labels(look(out))
+    assert doubts["path"][0] == f"train/a/{wrong.name}" and doubts["looks_like"][0] == "c" and len(doubts) <= 3
+    assert doubts["doubt"].is_monotonic_decreasing and not len(doubted_labels(unmarked[1]))
+
+
+def test_patients_in_file_names_are_told(tmp_path):
+    names = {
+        "train/ILD/pat_0012_a.png": chest(0),
+        "val/ILD/pat_0012_b.png": chest(1),
+        "train/ILD/x-99417.png": chest(2),
+    }
+    root = write(tmp_path / "set", names)
+    said = messages(check(root), "warning")["patients in file names"]
+    assert "2 slice(s) of IDs" in said and "pat_0012_a.png" in said and "99417" not in said
+    patients(root, {"train/ILD/x-99417.png": "99417"})
+    assert (
+        "1 file name(s) hold the patient's ID train/ILD/x-99417.png"
+        in messages(check(root), "warning")["patients in file names"]
+    )
 
 
 @pytest.mark.parametrize("margins", [(0.15, 2), (2, 0.2)], ids=["mean over the classes", "one class"])

@@ -8,5 +8,5 @@
 from ctutils.audit.clean import clean_copy
 from ctutils.audit.duplicates import exact_duplicates, group_sketches, group_slices, near_duplicates
 from ctutils.audit.look import decode_pass, sketch
-from ctutils.audit.probes import shortcut_probes
+from ctutils.audit.probes import doubted_labels, shortcut_probes
 from ctutils.audit.report import AuditReport, audit, stored_verdicts

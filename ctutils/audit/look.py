@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import os
+import re
 import zlib
 from pathlib import Path
 from typing import Any
@@ -60,23 +61,34 @@ def decode_pass(folder: SliceFolder) -> Decoded:
         seen = list(progress(looks, total=len(table), desc="Looking at slices", unit="slice", leave=False))
     table = table.assign(**{key: [one[key] for one in seen] for key in ("problem", "pixels", "colour", "blank")})
     columns = {key: np.stack([one.pop(key) for one in seen]) for key in list(seen[0]) if key not in table}
+    columns["place in the picture"] = np.nan_to_num(columns["place in the picture"])
+    columns["file name"] = np.array([_name_pattern(*row) for row in zip(table["path"], table["class"], strict=True)])
     return Decoded(table, columns.pop("small"), columns.pop("frames"), columns)
+
+
+def _name_pattern(path: str, own: str) -> list[float]:
+    """Return how a file is named, apart from its class's name and the values of numbers."""
+    stem = re.sub(
+        rf"(?<![^\W_]){re.escape(own)}(?![^\W_])", "", path.rsplit("/", 1)[-1].rsplit(".", 1)[0], flags=re.IGNORECASE
+    )
+    return [len(stem), zlib.crc32(re.sub(r"\d+", "0", stem).encode()), zlib.crc32(re.sub(r"\d", "0", stem).encode())]
 
 
 def _look(path: Path, problem: str, how: tuple[str, tuple[float, float]]) -> dict[str, Any]:
     """Return what is kept of one slice; of one that cannot be decoded, why, and what is kept of a black picture."""
-    image, colour, facts = Image.new("L", (32, 32)), False, [0.0] * 5
+    image, colour, facts = Image.new("L", (32, 32)), False, [0.0] * 7
     try:
         if not problem:
             with open_picture(path) as raw:
                 image = to_grey(raw, *how)
-                extras = sum(key in raw.info for key in ("dpi", "exif", "icc_profile", "comment", "Software"))
+                words = {key: str(value)[:200] for key, value in raw.info.items()}  # text chunks, resolution, EXIF, ...
                 if raw.mode in COLOUR_MODES:  # JPEG bends equal channels by a few levels
                     small = raw.convert("RGB").reduce(max(1, min(raw.size) // 64))
                     colour = bool(np.ptp(np.asarray(small, np.int16), axis=-1).max() > 16)
-                names = [zlib.crc32(name.encode()) for name in (raw.mode, path.suffix.lower())]
+                names = (raw.mode, path.suffix.lower(), str(sorted(words)), str(words))
+                names = [zlib.crc32(name.encode("utf-8", "replace")) for name in names]
             size = path.stat().st_size
-            facts = [np.log1p(size), np.log1p(size / (image.width * image.height)), extras, *names]
+            facts = [np.log1p(size), np.log1p(size / (image.width * image.height)), len(words), *names]
     except BadFile as error:
         problem = str(error)
     pixels, (name, small, frames) = np.asarray(image), sketch(image)
@@ -100,6 +112,8 @@ def _look(path: Path, problem: str, how: tuple[str, tuple[float, float]]) -> dic
         "thumbnail, 32 x 32": _thumbnail(image, 32).ravel(),
         "sharpness and noise": _sharpness(image),
         "border and corners": _border(image),
+        "marks inside": _marks(small),
+        "place in the picture": frames[0].ravel(),
     }
 
 
@@ -191,6 +205,12 @@ def _sharpness(image: Image.Image) -> np.ndarray:
         laplacian = np.abs(4 * rows[:, 1:-1] - rows[:, :-2] - rows[:, 2:] - both)[:, ::2]
         features += [laplacian.std(), laplacian.mean(), *np.percentile(laplacian, (50, 75, 90, 99))]
     return np.log1p(features)
+
+
+def _marks(small: np.ndarray) -> np.ndarray:
+    """Return how far the oddest pixel of 16 x 16 cells stands out, uint8 (256,): a mark shows at its place."""
+    odd = np.abs(small - ndimage.uniform_filter(small.astype(np.float32), 9)).astype(np.uint8)
+    return odd.reshape(16, 8, 16, 8).max(axis=(1, 3)).ravel()
 
 
 def _border(image: Image.Image) -> np.ndarray:

@@ -18,7 +18,12 @@ FLAG_MARGIN = {
     "thumbnail, 32 x 32": (0.30, 0.25),
     "sharpness and noise": (0.30, 0.25),
     "border and corners": (0.15, 0.2),
+    "marks inside": (0.30, 0.25),
+    "place in the picture": (0.15, 0.2),
+    "file name": (0.15, 0.2),
 }
+DOUBT = 0.35  # by how much another class must be likelier than a slice's own
+CRUDE = ("histogram, 32 bins", "thumbnail, 32 x 32", "sharpness and noise", "marks inside")  # what doubts a label
 PER_CLASS, FOLDS, SEED = 600, 5, 0
 COLUMNS = "probe macro_f1 low high chance threshold best_class class_low flagged slices".split()
 
@@ -44,20 +49,16 @@ def shortcut_probes(decoded: Decoded, groups: np.ndarray | None = None) -> pd.Da
     """
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.model_selection import cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    table = decoded.table.assign(group=range(len(decoded.table)) if groups is None else groups)
     rng = np.random.default_rng(SEED)
-    names = sorted(set(table["class"]))
-    table = table[table["problem"] == ""]
-    table = table.sample(frac=1, random_state=SEED).groupby("label").head(PER_CLASS).sort_index()
-    of_class = table.groupby("class")["group"].agg(["size", "nunique"]).reindex(names, fill_value=0).min()
-    if of_class["size"] < 10 or of_class["nunique"] < 2:
+    names = sorted(set(decoded.table["class"]))
+    table, folds = _some(decoded, groups, PER_CLASS)
+    if folds is None:
         return pd.DataFrame(columns=COLUMNS)
     y = table["label"].to_numpy()
-    folds = StratifiedGroupKFold(min(FOLDS, of_class["nunique"]), shuffle=True, random_state=SEED)
     models = (
         make_pipeline(StandardScaler(), LogisticRegression(C=0.1, class_weight="balanced", max_iter=1000, tol=1e-2)),
         RandomForestClassifier(50, min_samples_leaf=2, class_weight="balanced", random_state=SEED),
@@ -76,3 +77,47 @@ def shortcut_probes(decoded: Decoded, groups: np.ndarray | None = None) -> pd.Da
         flagged = bool(score.low > threshold or alone[top] > 0.5 + FLAG_MARGIN[name][1])
         result.append((name, *score, chance, threshold, names[top], alone[top], flagged, len(y)))
     return pd.DataFrame(result, columns=COLUMNS)
+
+
+def doubted_labels(decoded: Decoded, groups: np.ndarray | None = None) -> pd.DataFrame:
+    """Ask which labels look wrong: crude features of a slice fit another class much better than its own.
+
+    Confident learning, cross-validated: a class is believed where its probability is above the mean that slices of
+    that class get. A doubt is a question to a reader, not an error; nothing is removed for it.
+
+    Args:
+        decoded, groups: as for `shortcut_probes`.
+    Returns:
+        a row a doubted slice, most doubtful first: path, class, looks_like, doubt (difference of the probabilities).
+    Source: C. Northcutt et al., Confident learning, 2021, https://arxiv.org/abs/1911.00068.
+    """
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.model_selection import cross_val_predict
+
+    names, (table, folds) = np.array(sorted(set(decoded.table["class"]))), _some(decoded, groups, None)
+    if folds is None:
+        return pd.DataFrame(columns=["path", "class", "looks_like", "doubt"])
+    x = np.concatenate([decoded.features[name][table.index].astype(np.float32) for name in CRUDE], axis=1)
+    y = table["label"].to_numpy()
+    forest = RandomForestClassifier(100, min_samples_leaf=2, class_weight="balanced", random_state=SEED)
+    likely = cross_val_predict(forest, x, y, groups=table["group"], cv=folds, method="predict_proba")
+    believed = np.array([likely[y == label, label].mean() for label in range(len(names))])
+    others = np.where((likely >= believed) & (np.arange(len(names)) != y[:, None]), likely, 0)
+    doubt = others.max(axis=1) - likely[np.arange(len(y)), y]
+    table = table.assign(looks_like=names[others.argmax(axis=1)], doubt=doubt)[doubt > DOUBT]
+    table = table.sort_values(["doubt", "path"], ascending=[False, True])
+    return table[["path", "class", "looks_like", "doubt"]].reset_index(drop=True)
+
+
+def _some(decoded: Decoded, groups: np.ndarray | None, most: int | None) -> tuple:
+    """Return readable slices, at most `most` of a class, with their groups, and folds: None where there are too few."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    names = sorted(set(decoded.table["class"]))
+    table = decoded.table.assign(group=range(len(decoded.table)) if groups is None else groups)
+    table = table[table["problem"] == ""].sample(frac=1, random_state=SEED)
+    table = table.groupby("label").head(most or len(table)).sort_index()
+    of_class = table.groupby("class")["group"].agg(["size", "nunique"]).reindex(names, fill_value=0).min()
+    if of_class["size"] < 10 or of_class["nunique"] < 2:
+        return table, None
+    return table, StratifiedGroupKFold(min(FOLDS, of_class["nunique"]), shuffle=True, random_state=SEED)

@@ -12,13 +12,18 @@ import pandas as pd
 
 from ctutils.audit.duplicates import exact_duplicates, group_slices, near_duplicates
 from ctutils.audit.look import Decoded, decode_pass
-from ctutils.audit.probes import shortcut_probes
+from ctutils.audit.probes import doubted_labels, shortcut_probes
 from ctutils.base import CTError, read_json, write_json
 from ctutils.config import cache_dir
 from ctutils.data import SPLIT_NAMES, SPLITS, SliceFolder, load_folder, read_patients
 
 UNREADABLE = "unreadable files"  # this check names all its files
-VERDICTS = "audit/{}-2.json"  # of a fingerprint; raise the number when the audit judges otherwise
+VERDICTS = "audit/{}-3.json"  # of a fingerprint; raise the number when the audit judges otherwise
+SCOPE = (
+    "Looked for: copies re-encoded, resized, shifted, turned, mirrored, inverted, equalised, in another window,",
+    "cropped to 80 % (closer crops, left and right halves: often missed; upper and lower halves: not looked for);",
+    "shortcuts in files, names, greys, sharpness, place, border, marks; doubted labels. See data/README.md.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +35,7 @@ class AuditReport:
         name, meta: the data set's, as in `SliceFolder`.
         findings: a row a finding, worst first: severity (error, warning, info), check, message, count,
             examples (all paths).
-        tables: counts, leaks, exact, near, probes; slices (with group and patient). Empty when the layout
+        tables: counts, leaks, exact, near, probes, doubts; slices (with group and patient). Empty when the layout
             is broken.
         decoded: what was kept of every slice, for `clean_copy`; None when the layout is broken.
     """
@@ -75,7 +80,7 @@ class AuditReport:
             if 0 < most < len(row.examples):
                 lines.append(f"{'':10}and {len(row.examples) - most} more (--json)")
         end = "Nothing must be mended." if self.ok else "Errors must be mended; --fix OUT writes a cleaned copy."
-        return "\n".join([*lines, "", end])
+        return "\n".join([*lines, "", *SCOPE, end])
 
     def verdicts(self) -> list[str]:
         """Return one sentence a finding, for the model card."""
@@ -103,10 +108,18 @@ def audit(root: str | Path, *, probes: bool = True, cache: Path | None = None) -
     slices = decoded.table.assign(group=group_slices(decoded, near))
     leaks = _leaks(slices, near)
     tables = {"counts": folder.counts().reset_index(), "leaks": leaks, "exact": exact, "near": near, "slices": slices}
-    found = [*_of_files(folder, slices), *_of_copies(exact, near, leaks), *_of_patients(root, slices)]
+    found = [
+        *_of_files(folder, slices),
+        *_of_copies(exact, near, leaks),
+        *_of_patients(root, slices),
+        *_of_names(slices),
+    ]
     if probes:
         tables["probes"] = shortcut_probes(decoded, slices["group"].to_numpy())
-        found += _of_probes(tables["probes"])
+        tables["doubts"] = doubts = doubted_labels(decoded, slices["group"].to_numpy())
+        shown = doubts["path"] + " (" + doubts["looks_like"] + "? " + doubts["doubt"].map("{:.2f}".format) + ")"
+        doubt = "{} slice(s) look like another class to crude features, most doubtful first: look at them"
+        found += [*_of_probes(tables["probes"]), ("warning", "labels in doubt", doubt, shown)]
     report = AuditReport(root, _table(found), tables, folder.name, folder.meta, decoded)
     if probes:
         with contextlib.suppress(CTError, OSError):  # a cache that cannot be written costs the next card an audit
@@ -222,6 +235,19 @@ def _of_patients(root: Path, slices: pd.DataFrame) -> Iterator[Finding]:
         message = f"{mixed['patient'].nunique()} patient(s) in two {words} or more ({len(mixed)} slices)"
         yield severity, f"patients in two {words}", message, mixed.drop_duplicates(["patient", column])["path"]
     yield "info", "patients", "{} slice(s) without a patient in the table", unknown
+
+
+def _of_names(slices: pd.DataFrame) -> Iterator[Finding]:
+    """Tell what file names give away: patients' IDs and names, and IDs in two splits."""
+    stems = slices["path"].str.rsplit("/", n=1).str[-1].str.rsplit(".", n=1).str[0]
+    short = slices["patient"].str.len() < 3
+    in_name = [bool(one) and one in stem for one, stem in zip(slices["patient"].mask(short, ""), stems, strict=True)]
+    yield "warning", "patients in file names", "{} file name(s) hold the patient's ID", slices["path"][in_name]
+    named = stems.str.extract(r"(?i)(?:^|[^a-z])(?:patient|pat|pt|pid|subject|subj|case|mrn|id)[-_ .]*(\w?\d+)")[0]
+    named = named.where(named.groupby(named).transform("size") < len(slices))
+    split = "{} slice(s) of IDs in file names that stand in two splits, such as one patient's: give patients.csv"
+    mixed = slices["path"][(slices["patient"] == "") & (slices["split"].groupby(named).transform("nunique") > 1)]
+    yield "warning", "patients in file names", split, mixed
 
 
 def _of_probes(probes: pd.DataFrame) -> Iterator[Finding]:
