@@ -146,7 +146,6 @@ def our_way(job: dict) -> dict:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line does, before torch is there
     import dataclasses
 
-    import sklearn.model_selection  # noqa: F401  (halves the validation split)
     import torchvision  # noqa: F401
 
     from ctutils import data, experiment, training
