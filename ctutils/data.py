@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import math
@@ -80,7 +81,7 @@ class SliceFolder:
                 return _text(name) or None
         return None
 
-    @property
+    @functools.cached_property
     def depth(self) -> str:
         """How pictures of more than 8 bits are read (see `pictures.own_depth`); "" where there are none."""
         return max(self.slices["depth"])
@@ -110,7 +111,6 @@ class SliceFolder:
 
     def read_grey(self, row: int):
         """Decode the slice of a row to 8-bit grey, as its data set is read; raises `BadFile`."""
-        window = self.window or dict(zip(("level", "width"), LUNG_WINDOW, strict=True))
         path, depth = self.root / self.slices["path"].iloc[row], self.slices["depth"].iloc[row]
         if not depth:
             with contextlib.suppress(ImportError):
@@ -118,7 +118,8 @@ class SliceFolder:
 
                 if (grey := read_grey_png(path)) is not None:
                     return grey
-        return read_grey(path, depth, (window["level"], window["width"]))
+        window = self.window
+        return read_grey(path, depth, (window["level"], window["width"]) if window else LUNG_WINDOW)
 
 
 def _text(value: object) -> str:

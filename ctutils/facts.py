@@ -59,8 +59,7 @@ def file_facts(root: Path, paths: list[str], cache: Path) -> pd.DataFrame:
 
 def read_fact(path: str) -> dict:
     """Return the facts of one file; `problem` says why it cannot be read."""
-    fact: dict = {"width": 0, "height": 0, "mode": "", "frames": 0, "depth": "", "warned": ""}
-    fact |= {"bytes": 0, "sha256": "", "problem": ""}
+    fact: dict = dict.fromkeys(NUMBERS, 0) | dict.fromkeys(TEXTS, "")
     try:
         content = read_file(path)
         fact |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
