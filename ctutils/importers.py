@@ -355,6 +355,7 @@ def _archive_errors(origin: object, mend: str = "download it again") -> Iterator
     try:
         yield
     except ARCHIVE_ERRORS as error:
+        mend = "unpack it with its password, and import the folder" if "encrypted" in str(error) else mend
         raise CTError(f"a damaged archive or file '{origin}' ({error})", "a complete one", mend) from error
 
 

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import tarfile
 import warnings
 import zipfile
@@ -167,6 +168,12 @@ def flip(content: bytes, at: int, bits: int = 0xFF) -> bytes:
     return content[:at] + bytes([content[at] ^ bits]) + content[at + 1 :]
 
 
+def encrypted(content: bytes) -> bytes:
+    """Mark a zip's entries as encrypted, in their own headers and in the directory."""
+    flags = re.compile(rb"(PK\x01\x02.{4}|PK\x03\x04..)(.)", re.DOTALL)
+    return flags.sub(lambda found: found[1] + bytes([found[2][0] | 1]), content)
+
+
 def without_part(which: int, rename: bool = False) -> dict[str, bytes]:
     """Zips in parts of which one is missing, numbered by byte offset, or renamed to 0 1 2."""
     files = dict(ON_DISK)
@@ -200,6 +207,7 @@ def numbered(*paths: str) -> dict[str, bytes]:
         (without_part(2, rename=True), "no part 'TS_영상.zip.part2'"),
         *[({"TS.zip": zip_bytes({name: png(1)})}, "points outside") for name in EVIL],
         ({"Training/a.tar": tar_bytes({EVIL[0]: png(1)})}, "points outside"),
+        ({"a.zip": encrypted(zip_bytes(numbered("a/1.png", "b/1.png")))}, "encrypted.*unpack it with its password"),
         (numbered("a.png"), "pictures without class folders"),
         (numbered("train/a/1.png", "val/b/1.png", "valid/b/2.png"), "2 folders for the split 'val'"),
         (numbered("train/Normal/1.png", "val/normal/1.png"), "'Normal', 'normal'.*differ only by case"),
