@@ -17,12 +17,12 @@ from ctutils.base import CTError, read_json, write_json
 from ctutils.config import cache_dir
 from ctutils.data import SPLIT_NAMES, SPLITS, SliceFolder, load_folder, read_patients
 
-UNREADABLE = "unreadable files"  # this check names all its files
-VERDICTS = "audit/{}-3.json"  # of a fingerprint; raise the number when the audit judges otherwise
+UNREADABLE, DOUBTED = "unreadable files", "labels in doubt"  # name all files; a few, though only for information
+VERDICTS = "audit/{}-4.json"  # of a fingerprint; raise the number when the audit judges otherwise
 SCOPE = (
-    "Looked for: copies re-encoded, resized, shifted, turned, mirrored, inverted, equalised, in another window,",
-    "cropped to 80 % (closer crops, left and right halves: often missed; upper and lower halves: not looked for);",
-    "shortcuts in files, names, greys, sharpness, place, border, marks; doubted labels. See data/README.md.",
+    "Looked for: copies re-encoded, noisy, resized, shifted, padded, turned, mirrored, inverted, cropped to 90 %",
+    "(often missed: equalised, other windows, closer crops, left and right halves; not looked for: upper and lower",
+    "halves); shortcuts in files, names, greys, sharpness, place, border, marks; labels. See data/README.md.",
 )
 
 
@@ -75,7 +75,9 @@ class AuditReport:
         lines = []
         for row in self.findings.itertuples():
             lines.append(f"{row.severity.upper():8}{row.check}: {row.message}")
-            most = 0 if row.severity == "info" else len(row.examples) if row.check == UNREADABLE else 5
+            most = (
+                len(row.examples) if row.check == UNREADABLE else 5 * (row.severity != "info" or row.check == DOUBTED)
+            )
             lines += [f"{'':10}{example}" for example in row.examples[:most]]
             if 0 < most < len(row.examples):
                 lines.append(f"{'':10}and {len(row.examples) - most} more (--json)")
@@ -118,8 +120,8 @@ def audit(root: str | Path, *, probes: bool = True, cache: Path | None = None) -
         tables["probes"] = shortcut_probes(decoded, slices["group"].to_numpy())
         tables["doubts"] = doubts = doubted_labels(decoded, slices["group"].to_numpy())
         shown = doubts["path"] + " (" + doubts["looks_like"] + "? " + doubts["doubt"].map("{:.2f}".format) + ")"
-        doubt = "{} slice(s) look like another class to crude features, most doubtful first: look at them"
-        found += [*_of_probes(tables["probes"]), ("warning", "labels in doubt", doubt, shown)]
+        doubt = "{} slice(s) look like another class to crude features, most doubtful first: right or wrong, look"
+        found += [*_of_probes(tables["probes"]), ("info", DOUBTED, doubt, shown)]
     report = AuditReport(root, _table(found), tables, folder.name, folder.meta, decoded)
     if probes:
         with contextlib.suppress(CTError, OSError):  # a cache that cannot be written costs the next card an audit
