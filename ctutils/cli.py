@@ -149,21 +149,22 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--status", action="store_true", help="show the jobs and their runs, whoever submitted them")
 
     predict = add("predict", _predict, "class, confidence and warnings for pictures or DICOM files; a page with --html")
-    predict.add_argument("run", type=Path, help="run record, or its name")
+    serve = add("serve", _serve, "the page of predict --html with an upload box, in a browser; needs the extra demo")
+    text = "a run's network as one ONNX (.onnx) or torch.export (.pt2) file, preprocessing in it"
+    export = add("export", _export, text)
+    for command in (predict, serve, export):
+        command.add_argument("run", type=Path, help="run record, or its name")
+        command.add_argument("--weights", default="auto", help="where the backbone's weights are, as for train")
+    for command in (predict, serve):
+        command.add_argument("--data", type=Path, metavar="FOLDER", help="the training slices, if they are not found")
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="files, folders or patterns")
     predict.add_argument("--csv", type=Path, metavar="FILE", help="write a row a slice")
     predict.add_argument("--html", type=Path, metavar="FILE", help="write one page: slices, Grad-CAM, similar slices")
-    predict.add_argument("--data", type=Path, metavar="FOLDER", help="the training slices, if they are not found")
-    predict.add_argument("--weights", default="auto", help="where the backbone's weights are, as for train")
-
-    export = add(
-        "export", _export, "a run's network as one ONNX (.onnx) or torch.export (.pt2) file, preprocessing in it"
-    )
-    export.add_argument("run", type=Path, help="run record, or its name")
-    export.add_argument(
-        "out", type=Path, metavar="FILE", help="its suffix says the format; .onnx needs the extra export"
-    )
-    export.add_argument("--weights", default="auto", help="where the backbone's weights are, as for train")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    serve.add_argument("--port", type=int, default=8000, help="default 8000; 0: any free one")
+    serve.add_argument("--limit-mb", type=int, default=100, metavar="MB", help="largest upload (default 100)")
+    text = "its suffix says the format; .onnx needs the extra export"
+    export.add_argument("out", type=Path, metavar="FILE", help=text)
 
     weights = add("weights", _weights, "fetch and verify all weight files once, for a classroom or a cluster")
     weights.add_argument("backbones", nargs="*", metavar="BACKBONE", help="which (default: all)")
@@ -341,14 +342,16 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from ctutils.config import get_settings
-    from ctutils.people.export import export_run
-    from ctutils.people.predict import find_run
-    from ctutils.runs import load_run
+    from ctutils.people.command import export
 
-    content = export_run(load_run(find_run(options.run, get_settings())), options.out, options.weights)
-    text = "{file}: {bytes} bytes; its probabilities differ by {difference:.1g} at most. Not for clinical use."
-    _print(options, content, text.format(**content))
+    _print(options, *export(options))
+    return 0
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from ctutils.people.serve import serve
+
+    serve(options)
     return 0
 
 

@@ -22,7 +22,7 @@ from ctutils.registry import BACKBONES
 from ctutils.runs import load_run
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("synth", "check", "import", "train", "features", "sweep", "predict", "results")
+COMMANDS = ("synth", "check", "import", "train", "features", "sweep", "predict", "serve", "export", "results")
 REAL = "efficientnet_lite0"
 QUICK = ["--size", "64", "--epochs", "2", "--precision", "float32"]
 TINY = [*QUICK, "--backbone", BN, "--weights", "random"]

@@ -1,4 +1,4 @@
-"""What `ctutils predict` does and prints."""
+"""What `ctutils predict` and `ctutils export` do and print."""
 
 import argparse
 import os
@@ -61,6 +61,15 @@ def predict(options: argparse.Namespace) -> tuple[dict, str, CTError | None]:
     lines = [*_prediction_lines(rows), *notes, *written, "Not for clinical use."]
     content |= {"csv": str(options.csv or ""), "html": str(options.html or "")}
     return content, "\n".join(lines), error
+
+
+def export(options: argparse.Namespace) -> tuple[dict, str]:
+    """Run `ctutils export`: return its JSON object and its text."""
+    from ctutils.people.export import export_run
+
+    content = export_run(load_run(find_run(options.run, get_settings())), options.out, options.weights)
+    text = "{file}: {bytes} bytes; its probabilities differ by {difference:.1g} at most. Not for clinical use."
+    return content, text.format(**content)
 
 
 def _prediction_lines(rows: list[dict]) -> list[str]:

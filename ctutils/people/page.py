@@ -51,7 +51,8 @@ def render(
         order = sorted(slices, key=lambda one: (not one.unlike, one.calibrated.max()))
         shown = set(map(id, order[:MOST]))
         slices = [one for one in slices if id(one) in shown]
-        warnings.append(f"{MOST} of {len(order)} slices are shown: the flagged, then the least sure. --csv has all.")
+        rest = "Send fewer at a time." if limit_mb else "--csv has all."
+        warnings.append(f"{MOST} of {len(order)} slices are shown: the flagged, then the least sure. {rest}")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return environment.from_string(template).render(

@@ -4,7 +4,8 @@ import dataclasses
 import glob
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -160,13 +161,19 @@ class Predictor:
         Returns:
             the predictions, and {path: why} of the files that cannot be read as slices.
         """
+        return self.predict_contents([(str(path), partial(read_file, path)) for path in paths], heat=heat)
+
+    def predict_contents(
+        self, files: Sequence[tuple[str, Callable[[], bytes]]], *, heat: bool = False
+    ) -> tuple[list[Prediction], dict]:
+        """Do what `predict_files` does, of names and functions that give the bytes."""
         slices, failed = [], {}
         with quiet():
-            for path in map(str, paths):
+            for name, read in files:
                 try:
-                    slices += self.read(path, read_file(path))
+                    slices += self.read(name, read())
                 except BadFile as error:
-                    failed[path] = str(error)
+                    failed[name] = str(error)
         self.predict(slices, heat=heat)
         return slices, failed
 
