@@ -71,6 +71,9 @@ def check_notebook(path: Path) -> list[str]:
             wrong.append(f"{where}: an error as output")
         if any(ABSOLUTE_PATH.search(text) for text in [cell.source, *output_texts(cell)]):
             wrong.append(f"{where}: an absolute path")
+        pictures = [output for output in cell.outputs if "image/png" in output.get("data", {})]
+        if any(not output.metadata.get("image/png", {}).get("alt") for output in pictures):
+            wrong.append(f"{where}: a picture without a text: plots.show instead of plt.show")
         if any(output.get("name") == "stderr" for output in cell.outputs):
             wrong.append(f"{where}: stored stderr: make notebooks")
         if re.search(r"^\s*[%!].*\b(pip|conda|mamba|uv)\b.*\binstall\b", cell.source, re.MULTILINE):
@@ -112,7 +115,8 @@ def test_notebook(path):
 def good(tmp_path):
     """A notebook without a fault, the path to write it to, and a function that checks it."""
     path = tmp_path / "05_mobilenet_v3.ipynb"
-    picture = new_output("display_data", data={"image/png": "aGFsbG8/home/x", "text/plain": "<Figure>"})
+    picture = new_output("display_data", data={"image/png": "aGFsbG8/home/x", "text/plain": "a slice"})
+    picture.metadata["image/png"] = {"alt": "a slice"}
     ignored = {"tags": ["nbval-ignore-output"]}
     cells = [
         new_markdown_cell("# 05 - MobileNetV3\n\nNot for clinical use. [Next](05_mobilenet_v3.ipynb#end)"),
@@ -162,6 +166,7 @@ def add_output(output):
         (lambda n: n.cells[3].update(outputs=[]), "no picture"),
         (lambda n: n.metadata.kernelspec.update(name="course"), "kernel course"),
         (set_source("x = '" + "x" * 2_000_000 + "'"), "less than 2 MB"),
+        (lambda n: n.cells[3].outputs[0].metadata.clear(), "code cell 3: a picture without a text"),
         (set_source("open('/home/me/x')"), "code cell 2: an absolute path"),
         (set_source("open('C:\\\\Users')"), "code cell 2: an absolute path"),
         (set_source("from numpy import *"), "code cell 2: a star import"),
