@@ -180,8 +180,8 @@ def confusion_matrix(
     shown = metrics.ConfusionMatrixDisplay(shares, display_labels=classes)
     shown.plot(ax=ax, cmap="Blues", xticks_rotation=40, im_kw={"vmin": 0, "vmax": 1}, colorbar=alone)
     plt.setp(ax.get_xticklabels(), ha="right", rotation_mode="anchor")
-    for text, count in zip(shown.text_.flat, counts.flat, strict=True):
-        text.set_text(count)
+    for text, count, share in zip(shown.text_.flat, counts.flat, shares.flat, strict=True):
+        text.set(text=count, color="white" if share > 0.5 else "black")
     if alone:
         shown.im_.colorbar.set_label("share of the true class")
     ax.set(xlabel="predicted class", ylabel="true class", title=f"{title} ({len(y_true)} slices)")

@@ -1,6 +1,7 @@
 """Hygiene of the notebooks: what nbval does not ask for. The checks are tested on a faulty notebook below."""
 
 import ast
+import itertools
 import re
 from pathlib import Path
 
@@ -106,6 +107,21 @@ def test_korean_guide_has_every_notebook_and_term():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path):
     assert check_notebook(path) == []
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_exercise_has_its_solution(path):
+    asked = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+    asked = asked.partition("## Exercises\n")[2].partition("\n## ")[0]
+    solutions = FOLDER / "solutions" / f"{path.stem[:2]}_solutions.ipynb"
+    answered = [  # a heading counts if code follows
+        number
+        for cell, following in itertools.pairwise(nbformat.read(solutions, as_version=4).cells)
+        for number in re.findall(r"^## (\d+)\. ", cell.source, re.MULTILINE)
+        if cell.cell_type == "markdown" and following.cell_type == "code"
+    ]
+    assert answered and answered == re.findall(r"^(\d+)\. ", asked, re.MULTILINE)
+    assert check_notebook(solutions) == []
 
 
 # ---------------------------------------------------------------- the checks themselves

@@ -133,6 +133,8 @@ def test_confusion_matrix_counts():
     assert (ax.get_ylabel(), ax.get_xlabel()) == ("true class", "predicted class")
     with user_error("labels outside", "0 to 1"):
         plots.confusion_matrix([0, 2], [0, 1], ["a", "b"])
+    pale = plots.confusion_matrix([0, 0, 0], [0, 1, 2], ["a", "b", "c"])
+    assert {text.get_color() for text in pale.texts} == {"black"}  # no cell is dark
 
 
 def points(ax) -> dict[str, list[tuple[float, float]]]:
