@@ -19,9 +19,12 @@ SHAPES = ((1, 512, 512), (2, 300, 417))  # slices that the file is checked with
 class Exported(nn.Module):
     """The network of a run with its preprocessing: grey uint8 (B, 1, H, W) -> probabilities float32 (B, C).
 
-    The resize is Pillow's bilinear one with antialias, rounded after each direction, as `pictures.resize` does it; in
-    float64, so that other programs round alike.
+    The resize is Pillow's bilinear one with antialias, as `pictures.resize` does it: whole numbers (in float64, which
+    holds them exactly, so that other programs round alike), weights of `BITS` bits, rounded after each direction.
+    Source: Pillow's Resample.c.
     """
+
+    BITS = 22
 
     def __init__(self, model: nn.Module, size: int, mean, std):
         super().__init__()
@@ -31,17 +34,17 @@ class Exported(nn.Module):
 
     def forward(self, slices: Tensor) -> Tensor:
         grey = slices.double()
-        grey = torch.floor(grey @ self._weights(slices.shape[3]).T + 0.5)  # Pillow goes along the rows first
-        grey = torch.floor(self._weights(slices.shape[2]) @ grey + 0.5)
+        grey = torch.floor(grey @ self._weights(slices.shape[3]).T / 2**self.BITS + 0.5)  # along the rows first
+        grey = torch.floor(self._weights(slices.shape[2]) @ grey / 2**self.BITS + 0.5)
         return torch.softmax(self.body((grey.float() / 255 - self.mean) / self.std), 1)
 
     def _weights(self, length: int) -> Tensor:
-        """Return how much each of `length` pixels gives to each of `size`, (size, length); rows sum to 1."""
+        """Return how much each of `length` pixels gives to each of `size`, (size, length); rows sum to 2**BITS."""
         scale = torch.ones(1, dtype=torch.float64) * length / self.size
         centre = (torch.arange(self.size, dtype=torch.float64) + 0.5) * scale
         far = (torch.arange(length, dtype=torch.float64)[None] + 0.5 - centre[:, None]).abs() / scale.clamp(min=1)
         weights = (1 - far).clamp(min=0)
-        return weights / weights.sum(1, keepdim=True)
+        return torch.floor(weights / weights.sum(1, keepdim=True) * 2**self.BITS + 0.5)
 
 
 def export_run(run: Run, out: str | Path, weights: str = "auto") -> dict:
