@@ -18,8 +18,8 @@ from PIL import Image
 from test_experiment import BN, tiny_networks  # noqa: F401
 
 from ctutils import cli, config
-from ctutils.people import page, predict, reference
-from ctutils.pictures import window_to_grey
+from ctutils.people import export, page, predict, reference
+from ctutils.pictures import resize, window_to_grey
 from ctutils.runs import REFERENCE_FILE, load_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -305,6 +305,16 @@ def test_export_gives_what_predict_gives(project, tmp_path, capsys, suffix):
         grey = np.asarray(Image.open(one.image))[None, None]
         given = session.run(None, {"slices": grey})[0] if suffix == ".onnx" else module(torch.tensor(grey)).detach()
         np.testing.assert_allclose(np.asarray(given)[0], one.probabilities, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (300, 417), (40, 90)])
+def test_resize_of_an_export_is_pillows_to_the_bit(shape):
+    body = torch.nn.Module()
+    body.backbone, body.head = torch.nn.Identity(), torch.nn.Flatten()
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    scores = export.Exported(body, 112, (0, 0, 0), (1, 1, 1))(torch.tensor(pixels)[None, None])
+    grey = torch.tensor(resize(Image.fromarray(pixels), 112)).float() / 255
+    assert torch.equal(scores, torch.softmax(grey.expand(1, 3, 112, 112).flatten(1), 1))
 
 
 def test_export_to_another_format_is_refused(project, tmp_path, user_says):
