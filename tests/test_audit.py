@@ -379,7 +379,10 @@ def test_each_rule_flags_alone_and_is_told(unmarked, tmp_path, monkeypatch, marg
         report_module, "shortcut_probes", lambda seen, groups: shortcut_probes(only(seen, *two), groups)
     )
     monkeypatch.setattr(probes_module, "FLAG_MARGIN", dict.fromkeys(probes_module.FLAG_MARGIN, margins))
+    doubts = pd.DataFrame([("val/a/0.png", "a", "b", 0.5)], columns=["path", "class", "looks_like", "doubt"])
+    monkeypatch.setattr(report_module, "doubted_labels", lambda seen, groups: doubts)
     report = check(marked(unmarked[0], tmp_path / "set", "larger"), probes=True)
+    assert "labels in doubt" in messages(report, "info") and "val/a/0.png (b? 0.50)" in report.to_text()
     assert report.ok, "a shortcut warns; what to do about it is the reader's choice"
     probes = report.tables["probes"].set_index("probe")
     assert probes.loc["picture size", "best_class"] == "c" and not probes.loc["grey statistics", "flagged"]
