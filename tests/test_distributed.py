@@ -74,7 +74,7 @@ def test_two_processes_give_the_record_of_one_and_go_on_after_what_ended_them(ca
     assert code == 0, error
     code, out, error = call("two")
     assert code == 0, error
-    assert out.count("macro F1") == 1, "one process speaks"
+    assert out.count("macro F1: validation") == 1, "one process speaks"
     one, two = (load_run(tmp_path / name) for name in ("one", "two"))
     assert two.record["processes"] == 2 and two.plan == one.plan
     np.testing.assert_allclose(table(two), table(one), rtol=0, atol=1e-5)  # 21 slices: the last batch has one

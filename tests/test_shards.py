@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import files_below, user_error, write_set
-from test_experiment import BN, numbers, quiet, settings_in, tiny_networks  # noqa: F401
+from test_experiment import BN, quiet, settings_in, tiny_networks  # noqa: F401
 
 from ctutils import backbones, cli, config, data, features
 from ctutils.plan import Plan
@@ -50,7 +50,9 @@ def test_parts_made_by_two_are_those_of_one_and_train_joins_them(settings, small
     assert make_features(PLAN, settings, (1, 2))["done"] == 4 and len(calls) == adapted + 36
     monkeypatch.undo()  # one part
     alone = quiet(PLAN, settings_in(tmp_path, cache_dir=tmp_path / "other"), tmp_path / "alone")
-    assert numbers(joined) == numbers(alone)
+    # Not to the bit: the batches of a pass are others, and with several threads so is the order of its sums.
+    for split in ("val", "test"):
+        np.testing.assert_allclose(joined.y_score(split), alone.y_score(split), rtol=0, atol=1e-5)
 
 
 def test_one_process_goes_on_where_it_stopped(settings, small_parts, monkeypatch):
