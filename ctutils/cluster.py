@@ -455,11 +455,14 @@ def _weights(jobs: list[Job], settings: Settings, strict: bool) -> dict[str, str
     """Fetch the weights of all jobs, and return which ones each will take; refuse random ones not asked for."""
     from ctutils.weights import find_weights, which_weights
 
-    random, which = {}, {}
-    logging.getLogger("ctutils.weights").setLevel(logging.ERROR)  # said below, once
+    random, which, log = {}, {}, logging.getLogger("ctutils.weights")
     for job in jobs:
         plan = job.plan.resolved(settings)
-        kind = find_weights(plan.backbone, plan.weights)[1].kind
+        log.disabled = True  # said below, once
+        try:
+            kind = find_weights(plan.backbone, plan.weights)[1].kind
+        finally:
+            log.disabled = False
         which[job.name] = which_weights(plan.backbone, plan.weights)
         if strict and "random" in (kind, which[job.name]) and plan.weights != "random":
             random.setdefault(plan.backbone, []).append(job.name)
