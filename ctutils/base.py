@@ -111,3 +111,26 @@ def progress(iterable=None, **options):
     from tqdm.auto import tqdm
 
     return tqdm(iterable, disable=os.environ.get("CT_PROGRESS") == "0", **options)
+
+
+def answers(server: str, seconds: float) -> bool:
+    """Say within so many seconds whether a server answers. Looking up its name may hang, hence the thread."""
+    import threading
+    import urllib.error
+    import urllib.request
+
+    answer = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(server, method="HEAD"), timeout=seconds).close()
+        except urllib.error.HTTPError:
+            pass  # it has no such page, and says so
+        except Exception:
+            return  # whatever it was: no
+        answer.append(True)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answer)

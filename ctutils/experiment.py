@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import glob
 import hashlib
 import json
@@ -9,7 +10,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -145,10 +145,7 @@ def featurise(plan: Plan, settings: Settings, folder: SliceFolder, network: Netw
         CTError: slices that cannot be decoded; a full disk.
     """
     plan, spec, whole = plan.resolved(settings), network.spec, network.whole
-
-    def stored() -> np.ndarray:
-        return data.build_store(folder, plan.size, cache=settings.cache_dir)
-
+    stored = functools.cache(lambda: data.build_store(folder, plan.size, cache=settings.cache_dir))
     shape = (len(folder.slices), plan.size, plan.size)
     store = data.Rows(shape, lambda rows: stored()[rows])  # not made where its features are cached
     # Statistics of random weights say nothing until they are estimated; training moves them on from there.

@@ -1,14 +1,11 @@
 """What Kaggle's data sets need: the download, and one name for a class whose folders differ between splits."""
 
 import re
-import threading
-import urllib.error
-import urllib.request
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from ctutils.base import CTError
+from ctutils.base import CTError, answers
 
 PREFIX = "kaggle:"
 SERVER = "https://api.kaggle.com"
@@ -32,7 +29,7 @@ def fetch(source: str) -> Path:
     except ImportError as error:
         mend = f"run pip install kagglehub, {BY_HAND}"
         raise CTError("no package kagglehub", "it, to download from Kaggle", mend) from error
-    if "/versions/" not in handle and not _answers():  # a version may be in the cache
+    if "/versions/" not in handle and not answers(SERVER, SECONDS):  # a version may be in the cache
         mend = f"connect to the network, {BY_HAND}"
         raise CTError(f"no answer from Kaggle within {SECONDS:g} s", "a network that reaches kaggle.com", mend)
     try:
@@ -41,25 +38,6 @@ def fetch(source: str) -> Path:
         why = " ".join(str(error).split())[:200] or type(error).__name__
         mend = f"check the name, log in if the data set asks for it (kagglehub.login), {BY_HAND}"
         raise CTError(f"no download of '{handle}' ({why})", "a public data set of Kaggle", mend) from error
-
-
-def _answers() -> bool:
-    """Say within `SECONDS` whether Kaggle answers; looking up its name may hang, hence the thread."""
-    answer = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(SERVER, method="HEAD"), timeout=SECONDS).close()
-        except urllib.error.HTTPError:
-            pass  # it has no such page, and says so
-        except Exception:
-            return
-        answer.append(True)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    return bool(answer)
 
 
 def same_names(kinds: Iterable[tuple[str | None, str]]) -> dict[str, str]:

@@ -135,13 +135,8 @@ def check_replaceable(folder: str | Path, fingerprint: str | None = None) -> Non
     """
     folder = Path(folder)
     held = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name] * folder.exists()
-    known = (
-        *RECORD_FILES,
-        REFERENCE_FILE,
-        ".DS_Store",
-        ".ipynb_checkpoints",
-        "Thumbs.db",
-    )  # the last three come by themselves
+    by_themselves = (".DS_Store", ".ipynb_checkpoints", "Thumbs.db")
+    known = (*RECORD_FILES, REFERENCE_FILE, *by_themselves)
     if foreign := [name for name in held if name not in known and not name.startswith(".tmp-")]:
         raise CTError(
             f"'{folder}', which holds something else than a run record ({', '.join(foreign[:3])})",

@@ -9,17 +9,14 @@ import os
 import re
 import shutil
 import socket
-import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 
-from ctutils.base import CTError, atomic_path, file_sha256
+from ctutils.base import CTError, answers, atomic_path, file_sha256
 from ctutils.registry import BACKBONES, BackboneSpec, get_spec
 
 WORDS = ("auto", "imagenet", "random")  # what CT_WEIGHTS may say instead of a folder
@@ -252,23 +249,9 @@ _silent: dict[str, str] = {}  # why a server is not asked again in this process;
 
 
 def _answers(server: str) -> bool:
-    """Say within `PROBE_SECONDS`, once a process, whether a server answers. Its name may hang, hence the thread."""
-    answer = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(server, method="HEAD"), timeout=PROBE_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass  # it has no such page, and says so
-        except Exception:
-            return  # whatever it was: no
-        answer.append(True)
-
+    """Say within `PROBE_SECONDS`, once a process, whether a server answers."""
     if server not in _silent:
-        thread = threading.Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(PROBE_SECONDS)
-        _silent[server] = "" if answer else OUT_OF_REACH
+        _silent[server] = "" if answers(server, PROBE_SECONDS) else OUT_OF_REACH
     return not _silent[server]
 
 

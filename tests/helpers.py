@@ -1,6 +1,7 @@
 """Tiny pictures, folders, networks and loaders that several test files share."""
 
 import contextlib
+import io
 import re
 from pathlib import Path
 
@@ -26,6 +27,19 @@ def picture(label: int, seed: int, size: tuple[int, int] = (40, 40)) -> np.ndarr
     start = (1 + 2 * label) * height // 8
     pixels[start : start + height // 5] += 120
     return pixels
+
+
+def jpeg(picture: Image.Image) -> Image.Image:
+    """Return a grey picture as a strongly compressed file gives it back."""
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=40)
+    return Image.open(file).convert("L")
+
+
+def noisy(picture: Image.Image) -> Image.Image:
+    """Return a grey picture with noise of 10 grey levels."""
+    grey = np.asarray(picture) + np.random.default_rng(0).normal(0, 10, picture.size[::-1])
+    return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
 
 
 def write_set(

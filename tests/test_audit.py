@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import hashlib
-import io
 import itertools
 import json
 import shutil
@@ -13,7 +12,7 @@ from unittest.mock import Mock
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import REAL_CT, files_below, needs_real_ct, user_error
+from helpers import REAL_CT, files_below, jpeg, needs_real_ct, noisy, user_error
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
@@ -113,17 +112,6 @@ def test_exact_copies_are_found_by_their_pixels_not_their_bytes(tmp_path):
     assert content["tables"]["counts"][0] == {"class": "ILD", "train": 4, "val": 4}
     assert (content["findings"][0]["severity"], content["findings"][0]["count"]) == ("error", 2)
     assert all(words in report.to_text() for words in ("ERROR", "2 of 7 val slices", "--fix"))
-
-
-def jpeg(picture: Image.Image) -> Image.Image:
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=40)
-    return Image.open(file).convert("L")
-
-
-def noisy(picture: Image.Image) -> Image.Image:
-    grey = np.asarray(picture) + np.random.default_rng(0).normal(0, 10, picture.size[::-1])
-    return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
 
 
 TWINS = {

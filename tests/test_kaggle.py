@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+import urllib.request
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ctutils import cli, kaggle
-from ctutils.base import CTError
+from ctutils.base import CTError, answers
 from ctutils.data import load_folder
 from ctutils.importers import import_dataset
 
@@ -37,7 +39,7 @@ def hub(monkeypatch, delivery):
     asked = []
     module = SimpleNamespace(dataset_download=lambda handle: asked.append(handle) or str(delivery))
     monkeypatch.setitem(sys.modules, "kagglehub", module)
-    monkeypatch.setattr(kaggle, "_answers", lambda: True)
+    monkeypatch.setattr(kaggle, "answers", lambda *_: True)
     return SimpleNamespace(asked=asked, module=module)
 
 
@@ -53,7 +55,7 @@ def test_a_set_is_downloaded_and_its_classes_get_one_name(hub, tmp_path, capsys)
 
 
 def test_a_version_needs_no_answer_since_it_may_be_in_the_cache(hub, monkeypatch, delivery):
-    monkeypatch.setattr(kaggle, "_answers", lambda: False)
+    monkeypatch.setattr(kaggle, "answers", lambda *_: False)
     assert kaggle.fetch(f"kaggle:{NAME}/versions/1".replace("/", "\\")) == delivery  # as Windows writes it
     with pytest.raises(CTError, match="no answer from Kaggle within 6 s.*import the .zip"):
         kaggle.fetch(f"kaggle:{NAME}")
@@ -83,11 +85,9 @@ def test_what_goes_wrong_is_one_line(hub, monkeypatch, capsys, tmp_path):
 
 
 def test_a_server_that_is_not_there_is_noticed(monkeypatch):
-    monkeypatch.setattr(kaggle, "SERVER", "http://127.0.0.1:9")
-    assert not kaggle._answers()
-    monkeypatch.setattr(kaggle, "SECONDS", 0.05)
-    monkeypatch.setattr(kaggle.urllib.request, "urlopen", lambda *a, **k: kaggle.threading.Event().wait(5))
-    assert not kaggle._answers()  # it hangs
+    assert not answers("http://127.0.0.1:9", 5)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *a, **k: threading.Event().wait(5))
+    assert not answers("http://127.0.0.1:9", 0.05)  # it hangs
 
 
 @pytest.mark.parametrize(

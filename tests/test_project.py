@@ -153,9 +153,9 @@ def lines(paths) -> int:
 
 def test_line_budgets():
     """What grows must shrink elsewhere. The aim is 2,700, 6,000 and 6,500: lower these numbers, never raise them."""
-    assert lines(PACKAGE / f"{name}.py" for name in CORE) <= 5441
-    assert lines(PACKAGE.rglob("*.py")) <= 11121
-    assert lines((ROOT / "tests").rglob("*.py")) <= 10651
+    assert lines(PACKAGE / f"{name}.py" for name in CORE) <= 5439
+    assert lines(PACKAGE.rglob("*.py")) <= 11097
+    assert lines((ROOT / "tests").rglob("*.py")) <= 10642
 
 
 def loaded_after(statement: str) -> set[str]:

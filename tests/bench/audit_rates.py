@@ -1,6 +1,6 @@
 """Measure `check`: which planted faults it finds, and how often it is wrong on clean synthetic sets.
 
-    PYTHONPATH=. python tests/bench/audit_rates.py OUT [--sets 10] [--dicom FOLDER] [--swaps DATA_SET ...]
+    PYTHONPATH=tests python tests/bench/audit_rates.py OUT [--sets 10] [--dicom FOLDER] [--swaps DATA_SET ...]
 
 Clean sets (5 x 40 slices of 256 pixels, seeds 100, 101, ...) are made in OUT where they are not there. Prints tables
 in Markdown: kinds of twins found among 50 synthetic slices and those of a DICOM folder; what is said of each clean
@@ -9,12 +9,12 @@ set, which must be nothing; swapped labels found (one in twenty is planted) in t
 
 import argparse
 import dataclasses
-import io
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
+from helpers import jpeg, noisy
 from PIL import Image, ImageOps
 
 from ctutils.audit import audit, decode_pass, doubted_labels, duplicates, group_slices, near_duplicates, sketch
@@ -24,17 +24,6 @@ from ctutils.phantom import write_dataset
 from ctutils.pictures import read_grey
 
 MEDIASTINUM = (40, 400)  # level and width in HU
-
-
-def jpeg(picture: Image.Image) -> Image.Image:
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=40)
-    return Image.open(file).convert("L")
-
-
-def noisy(picture: Image.Image) -> Image.Image:
-    grey = np.asarray(picture) + np.random.default_rng(0).normal(0, 10, picture.size[::-1])
-    return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
 
 
 def cut(left: float, top: float, right: float, bottom: float):
